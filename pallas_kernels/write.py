@@ -1,0 +1,67 @@
+"""`write_kv`: rotate, quantize, pack and scatter new keys and values, in place."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.page_format import Pages
+from pallas_kernels.xla.write import write_kv as write_kv_xla
+
+Implementation = Literal["xla"]
+
+
+def write_kv(
+    pages: Pages,
+    k: Float[Array, "n K D"],
+    v: Float[Array, "n K D"],
+    slots: Int[Array, "n"],
+    *,
+    layer: int | Int[Array, ""] = 0,
+    implementation: Implementation | None = None,
+) -> Pages:
+    """Writes n tokens of one layer to their slots (SAW-INT4, arXiv 2604.19157, section 4).
+
+    Donate `pages` to the jitted function around this: the update is then in place. Two tokens of
+    one call must not share a slot.
+
+    Args:
+      pages: the cache's pages; their `format` says how tokens are stored.
+      k: keys, after RoPE, unrotated; any float dtype.
+      v: values.
+      slots: page * S + offset for each token. -1, and anything past the pool, is skipped.
+      layer: which layer's pages to write. A traced value is allowed (layers under `lax.scan`).
+      implementation: `None` picks the best for the device; `"xla"` runs anywhere.
+
+    Returns:
+      The pages with the tokens written.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit the pages.
+      NotImplementedError: the named implementation cannot run here; the message says why.
+    """
+    if slots.ndim != 1 or not jnp.issubdtype(slots.dtype, jnp.integer):
+        raise ValueError(f"Expected slots {slots.shape=} {slots.dtype=} to be integers [n]")
+    tokens = (len(slots), pages.kv_heads, pages.head_dim)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != tokens:
+            raise ValueError(f"Expected {name}.shape={x.shape} to be (n, K, D) = {tokens}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"Expected {name}.dtype={x.dtype} to be floating")
+    check_layer(layer, pages)
+    check_implementation(implementation)
+    return write_kv_xla(pages, k, v, slots.astype(jnp.int32), layer=layer)
+
+
+def check_layer(layer: int | Int[Array, ""], pages: Pages) -> None:
+    if isinstance(layer, (int, np.integer)) and not 0 <= layer < pages.layers:
+        raise ValueError(f"Expected {layer=} to be within {pages.layers=}")
+
+
+def check_implementation(implementation: str | None) -> None:
+    names = get_args(Implementation)
+    if implementation is not None and implementation not in names:
+        raise NotImplementedError(f"Expected {implementation=} to be one of {names}")
