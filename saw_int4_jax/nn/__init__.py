@@ -1,0 +1,1 @@
+"""Flax attention modules over the paged cache: `linen` and `nnx`."""

@@ -1,0 +1,103 @@
+"""Exact re-parameterizations of a model: other keys and values in the cache, the same logits.
+
+Both return new parameters and leave the given ones alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.page_format import rotate
+from saw_int4_jax.models.llama import LlamaConfig
+
+Params = dict[str, Any]
+
+
+def fold_values(params: Params, config: LlamaConfig, order: int) -> Params:
+    """Folds the rotation of values into the projections around the attention.
+
+    Values then arrive rotated, are quantized as they are, and the output projection undoes the
+    rotation: `CacheSpec.rotate_v` without its work at run time (SAW-INT4, arXiv 2604.19157). Every
+    query head's part of W_o gets the rotation of its KV head, which is the same for all.
+
+    Args:
+      params: of `Llama(config)`.
+      config: the model's.
+      order: Hadamard order, a power of two that divides `config.head_dim`; 1 changes nothing.
+
+    Raises:
+      ValueError: `order` does not fit.
+    """
+    if order < 1 or order & (order - 1) or config.head_dim % order:
+        raise ValueError(f"Expected {order=} to be a power of two dividing {config.head_dim=}")
+
+    def rotate_heads(x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
+        heads = x.reshape(*x.shape[:-1], -1, config.head_dim)
+        return rotate(heads, order).reshape(x.shape).astype(x.dtype)
+
+    def fold(attention: Params) -> Params:
+        v_proj = {name: rotate_heads(leaf) for name, leaf in attention["v_proj"].items()}
+        o_kernel = rotate_heads(attention["o_proj"]["kernel"].T).T
+        return {
+            **attention,
+            "v_proj": v_proj,
+            "o_proj": {**attention["o_proj"], "kernel": o_kernel},
+        }
+
+    return _map_attention(params, fold)
+
+
+def scale_key_channels(params: Params, config: LlamaConfig, pair: int, scale: float) -> Params:
+    """Injects an outlier: multiplies one RoPE channel pair of every key, divides it in queries.
+
+    For demonstrations. Large models have such channels by nature, small ones hardly; RoPE turns
+    the two channels of a pair into each other only, so the logits stay what they were.
+
+    Args:
+      params: of `Llama(config)`.
+      config: the model's.
+      pair: channels `pair` and `pair + D / 2` of every KV head.
+      scale: factor on the keys; its inverse goes on the queries.
+
+    Raises:
+      ValueError: `pair` or `scale` is out of range.
+    """
+    half = config.head_dim // 2
+    if not 0 <= pair < half:
+        raise ValueError(f"Expected {pair=} to be within 0 .. {half - 1}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"Expected {scale=} to be positive and finite")
+    factor = jnp.ones(config.head_dim).at[jnp.array([pair, pair + half])].set(scale)
+
+    def multiply(module: Params, factor: Float[Array, "D"]) -> Params:
+        def product(x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
+            heads = x.reshape(*x.shape[:-1], -1, config.head_dim)
+            return (heads * factor).reshape(x.shape).astype(x.dtype)
+
+        return {name: product(leaf) for name, leaf in module.items()}
+
+    # Normalization of q and k would undo a factor before it, so the factor goes into its gains.
+    q, k = ("q_norm", "k_norm") if config.qk_norm else ("q_proj", "k_proj")
+
+    def scaled(attention: Params) -> Params:
+        return {
+            **attention,
+            q: multiply(attention[q], 1 / factor),
+            k: multiply(attention[k], factor),
+        }
+
+    return _map_attention(params, scaled)
+
+
+def _map_attention(params: Params, function: Callable[[Params], Params]) -> Params:
+    """Applies a function to the attention parameters of every layer."""
+    return {
+        name: {**module, "self_attn": function(module["self_attn"])}
+        if name.startswith("layers_")
+        else module
+        for name, module in params.items()
+    }
