@@ -123,7 +123,7 @@ def main() -> None:
     arguments.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=METHOD_OPTIONS)
     arguments.add_argument("--steps", type=int, default=8)
     arguments.add_argument("--runs", type=int, default=5)
-    arguments.add_argument("--page-size", type=int, default=64)
+    arguments.add_argument("--page-size", type=int, default=128)
     arguments.add_argument("--dtype", default="float32", help="of weights and arithmetic")
     arguments.add_argument("--json", metavar="FILE")
     arguments = arguments.parse_args()

@@ -66,7 +66,7 @@ def samples(config: LlamaConfig, params: Any, length: int = 320) -> list[dict[st
     """Rows of text that continues `PROMPTS`, drawn through a BDR cache."""
     prompts = [[BOS, *prompt.encode()] for prompt in PROMPTS]
     longest = max(map(len, prompts)) + length
-    spec = config.cache_spec(len(prompts) * -(-longest // 64))
+    spec = config.cache_spec(len(prompts) * -(-longest // CacheSpec.page_size))
     sampling = make_sampling(len(prompts), temperature=0.7, top_p=0.95)
     result = generate(
         Llama(config, last_only=True).apply,

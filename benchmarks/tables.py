@@ -62,7 +62,67 @@ def decode_step() -> str:
     return markdown(head, rows) + caption(results, "cpu/decode_step.json")
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "decode_step": decode_step}
+def decode_attention() -> str:
+    """Decode attention on an H200 over shapes, all in one run."""
+    results = load("h200/decode_attention.json")
+    cells: dict[tuple[int, int], dict[str, dict]] = {}
+    for row in results["rows"]:
+        key = (row["batch"], row["context"])
+        cells.setdefault(key, {})["peer" if row["peer"] else row["method"]] = row
+    rows = [
+        [
+            str(batch),
+            f"{context:,}",
+            *(f"{shape[name]['median_us']:.1f}" for name in ("peer", *METHODS)),
+            f"{shape['bdr']['fraction_of_ceiling']:.0%}",
+            f"{shape['peer']['median_us'] / shape['bdr']['median_us']:.1f}x",
+        ]
+        for (batch, context), shape in cells.items()
+    ]
+    head = ["batch", "context", "cuDNN dense BF16 µs", *(f"{name} µs" for name in METHODS.values())]
+    head += ["BDR of read ceiling", "against cuDNN"]
+    return markdown(head, rows) + caption(results, "h200/decode_attention.json")
+
+
+def write_kv() -> str:
+    """Writing new tokens on an H200."""
+    results = load("h200/write_kv.json")
+    cells: dict[int, dict[str, dict]] = {}
+    for row in results["rows"]:
+        name = "bdr_kv" if row.get("rotate_v") else row["method"]
+        cells.setdefault(row["tokens"], {})[name] = row
+    names = {**METHODS, "bdr_kv": "BDR, K and V"}
+    rows = [
+        [f"{tokens:,}", *(f"{methods[name]['median_us']:.1f}" for name in names)]
+        for tokens, methods in cells.items()
+    ]
+    return markdown(["tokens", *(f"{name} µs" for name in names.values())], rows) + caption(
+        results, "h200/write_kv.json"
+    )
+
+
+def tpu_static() -> str:
+    """The TPU compiler's estimate of decode attention, batch 8, context 8k."""
+    rows = []
+    for folder in ("tpu_v5e", "tpu_v6e", "tpu7x"):
+        results = load(f"{folder}/static.json")
+        for row in results["rows"]:
+            kind = (row["kernel"], row["batch"], row["context"])
+            if row["peer"] or row["rotate_v"] or kind != ("decode_attention", 8, 8192):
+                continue
+            figures = [f"{row[name]:,}" for name in ("bundles", "memory_cycles")]
+            rows.append([row["chip"], METHODS[row["method"]], *figures, f"{row['margin']:.2f}"])
+    head = ["chip", "cache", "instruction bundles", "memory cycles", "memory / instructions"]
+    return markdown(head, rows) + caption(results, "tpu7x/static.json")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "decode_attention": decode_attention,
+    "write_kv": write_kv,
+    "tpu_static": tpu_static,
+    "decode_step": decode_step,
+}
 
 
 def load(name: str) -> dict:

@@ -7,9 +7,9 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.implementation import Implementation, choose
 from pallas_kernels.page_format import Pages
-from pallas_kernels.write import Implementation, check_implementation, check_layer
-from pallas_kernels.xla.attention import paged_attention as paged_attention_xla
+from pallas_kernels.write import check_layer
 
 
 def paged_attention(
@@ -49,7 +49,8 @@ def paged_attention(
         loop.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`. Static: a constant of the model.
       sinks: one logit per query head that takes part in the softmax without a value.
-      implementation: `None` picks the best for the device; `"xla"` runs anywhere.
+      implementation: `None` picks the best for the device; `"xla"` runs anywhere, `"triton"` on
+        NVIDIA GPUs, `"mosaic_tpu"` on TPUs.
 
     Returns:
       The attention output in q's dtype.
@@ -87,8 +88,8 @@ def paged_attention(
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"Expected {soft_cap=} to be positive")
     check_layer(layer, pages)
-    check_implementation(implementation)
-    out = paged_attention_xla(
+    run = choose("paged_attention", implementation, q, pages, page_table)
+    out = run(
         q,
         pages,
         page_table.astype(jnp.int32),

@@ -344,13 +344,15 @@ def convert(pages: Pages, layout: Layout) -> Pages:
     """The same codes and scales in another INT4 layout, bit for bit.
 
     Raises:
-      ValueError: either layout is `bf16`.
+      ValueError: either layout is `bf16`, or `split` meets a head_dim that is no multiple of 4.
     """
     source = pages.format.layout
     if pages.scales is None or layout == "bf16":
         raise ValueError(f"Expected INT4 layouts to convert between, got {source} and {layout}")
     if source == layout:
         return pages
+    if layout == "split" and pages.head_dim % 4:
+        raise ValueError(f"Expected {pages.head_dim=} to be a multiple of 4 with {layout=}")
     rows, scales = pages.data, pages.scales.swapaxes(2, 3)
     if source == "split":
         rows = pack(*unpack(rows.swapaxes(3, 4), source), layout)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.implementation import Implementation, choose
 from pallas_kernels.page_format import Pages
-from pallas_kernels.xla.write import write_kv as write_kv_xla
-
-Implementation = Literal["xla"]
 
 
 def write_kv(
@@ -34,7 +30,8 @@ def write_kv(
       v: values.
       slots: page * S + offset for each token. -1, and anything past the pool, is skipped.
       layer: which layer's pages to write. A traced value is allowed (layers under `lax.scan`).
-      implementation: `None` picks the best for the device; `"xla"` runs anywhere.
+      implementation: `None` picks the best for the device; `"xla"` runs anywhere, `"triton"` on
+        NVIDIA GPUs, `"mosaic_tpu"` on TPUs.
 
     Returns:
       The pages with the tokens written.
@@ -52,16 +49,10 @@ def write_kv(
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"Expected {name}.dtype={x.dtype} to be floating")
     check_layer(layer, pages)
-    check_implementation(implementation)
-    return write_kv_xla(pages, k, v, slots.astype(jnp.int32), layer=layer)
+    run = choose("write_kv", implementation, pages, k, v)
+    return run(pages, k, v, slots.astype(jnp.int32), layer=layer)
 
 
 def check_layer(layer: int | Int[Array, ""], pages: Pages) -> None:
     if isinstance(layer, (int, np.integer)) and not 0 <= layer < pages.layers:
         raise ValueError(f"Expected {layer=} to be within {pages.layers=}")
-
-
-def check_implementation(implementation: str | None) -> None:
-    names = get_args(Implementation)
-    if implementation is not None and implementation not in names:
-        raise NotImplementedError(f"Expected {implementation=} to be one of {names}")

@@ -161,6 +161,7 @@ def test_pieces_of_a_stream_are_the_generation():
     expected = run(PROMPTS, **options)
     assert joined == expected.tokens
     assert len(pieces) == 1 + -(-19 // 3)
+    assert state.tokens.tolist() == [new[-1] for new in joined]  # also where long finished
     jax.tree.map(np.testing.assert_array_equal, state.cache, expected.cache)
 
 

@@ -1,0 +1,144 @@
+"""Device timing: chains of calls in one program, and what the memory itself can do.
+
+A call is timed as one of a chain inside a compiled loop, each needing the last one's result, so
+that calls do not overlap and Python stands outside. Calls walk over several copies of their
+data (the layers of a cache), or the second level cache would be measured. What is reported is the
+median over many windows of such loops.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+UNROLL = 8  # calls per turn of the loop: one CUDA graph
+
+
+# (which of UNROLL, carry, data) -> carry
+Step = Callable[[int, Any, Any], Any]
+
+
+def compile_chain(step: Step, carry: Any, data: Any, *, length: int) -> jax.stages.Compiled:
+    """Compiles `length` times `carry = step(i % UNROLL, carry, data)` as one program."""
+
+    def chain(carry, data):
+        def body(_, carry):
+            for i in range(UNROLL):
+                carry = step(i, carry, data)
+            return carry
+
+        return lax.fori_loop(0, length // UNROLL, body, carry)
+
+    return jax.jit(chain, donate_argnums=0).lower(carry, data).compile()
+
+
+def time_chain(
+    step: Step,
+    carry: Any,
+    data: Any,
+    *,
+    length: int = 32,
+    runs: int = 20,
+    window_ms: float = 30,
+    chain: jax.stages.Compiled | None = None,
+) -> dict[str, float]:
+    """Times `length` times `carry = step(i % UNROLL, carry, data)` in one program.
+
+    Args:
+      step: the call to time; its first argument is static.
+      carry: what the first step takes; donated.
+      data: what every step takes.
+      length: steps in a loop, a multiple of `UNROLL`.
+      runs: how often a window of such loops is timed.
+      window_ms: length of a window, about: many loops in flight, one wait at the end, because a
+        launch and a wait cost the host up to half a millisecond.
+      chain: what `compile_chain` made of these, if it did.
+
+    Returns:
+      `median_us`, `min_us`, `max_us` of one step, and `runs`.
+    """
+    chain = chain or compile_chain(step, carry, data, length=length)
+    carry = jax.tree.map(jnp.copy, carry)
+
+    def window(loops: int) -> float:
+        """Seconds of so many loops."""
+        nonlocal carry
+        jax.block_until_ready(carry)
+        start = time.perf_counter()
+        for _ in range(loops):
+            carry = chain(carry, data)
+        jax.block_until_ready(carry)
+        return time.perf_counter() - start
+
+    window(3)
+    loops = max(1, round(window_ms / 1e3 / (window(10) / 10)))
+    times = [window(loops) / (loops * length) * 1e6 for _ in range(runs)]
+    return {
+        "median_us": statistics.median(times),
+        "min_us": min(times),
+        "max_us": max(times),
+        "runs": runs,
+    }
+
+
+def copies(size: int, total: int = 400_000_000) -> int:
+    """How many copies of `size` bytes the caches cannot hold between two uses of one."""
+    return max(2, min(UNROLL, -(-total // size)))
+
+
+# --- Ceilings ---------------------------------------------------------------------------------
+
+_BLOCK_BYTES = (8192, 16384, 32768)
+
+
+def read_ceiling(size: int, **options) -> float:
+    """GB/s of a kernel that only reads `size` bytes: the best of a few block sizes."""
+    return _ceiling(size, False, **options)
+
+
+def copy_ceiling(size: int, **options) -> float:
+    """GB/s (read plus written) of a kernel that copies half of `size` bytes."""
+    return _ceiling(size, True, **options)
+
+
+@functools.cache
+def _ceiling(size: int, copy: bool, **options) -> float:
+    best = 0.0
+    for block_bytes in _BLOCK_BYTES:
+        words = block_bytes // 4
+        blocks = -(-size // block_bytes) // (2 if copy else 1)
+        data = jax.random.bits(jax.random.key(0), (copies(size), blocks, words), jnp.uint32)
+
+        def touch(data, carry, out, i=0, words=words):
+            del carry
+            x = plt.load(data.at[i, pl.program_id(0), jnp.arange(words)])
+            if copy:
+                plt.store(out.at[pl.program_id(0), jnp.arange(words)], x)
+            else:
+                plt.store(out.at[pl.program_id(0)], jnp.max(x))
+
+        shape = (blocks, words) if copy else (blocks,)
+
+        def step(i, carry, data, touch=touch, shape=shape, blocks=blocks):
+            return pl.pallas_call(
+                functools.partial(touch, i=i % data.shape[0]),
+                grid=(blocks,),
+                out_shape=jax.ShapeDtypeStruct(shape, jnp.uint32),
+                in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+                out_specs=pl.BlockSpec(memory_space=pl.ANY),
+                compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+                name="touch",
+            )(data, carry)
+
+        figures = time_chain(step, jnp.zeros(shape, jnp.uint32), data, **options)
+        best = max(best, size / figures["median_us"] / 1e3)
+    return best

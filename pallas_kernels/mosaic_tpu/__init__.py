@@ -1,0 +1,1 @@
+"""Pallas kernels for TPU, compiled by Mosaic, over `paired` and `bf16` pages."""

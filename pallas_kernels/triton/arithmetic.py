@@ -1,0 +1,231 @@
+"""What the kernels here share: codes to numbers, the rotation, a few machine instructions.
+
+A vector of D channels is held as *pieces*: four arrays, piece i holding channels i * D/4 ..
+(i + 1) * D/4 - 1, because that is where nibble i of the `split` layout's words belongs (one piece
+of all D channels in the `bf16` layout). Pieces are padded with zeros to a power of two, at least
+16, which is what the matrix unit takes.
+
+`gpu` chooses machine instructions; without it the same numbers come from plain `jnp`, so that the
+kernels run interpreted.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, UInt16, UInt32
+
+from pallas_kernels import page_format
+
+_UPPER_HALF = np.uint32(0xFFFF0000)
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16, that holds `width`."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """Matrix product accumulated in float32; float32 operands are not shortened."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+# --- Codes ----------------------------------------------------------------------------------
+
+# In float16, 0x6400 | n is 1024 + n and 0x6400 | n << 4 is 1024 + 16 n: one `lop3` for the two
+# codes of a pair of words, and a shift for every second nibble only.
+OFFSET = 1024
+FACTORS = (1, 16, 1, 16)
+_OR_MAGIC = "lop3.b32 {to}, {word}, {mask}, 0x64006400, 0xEA;"
+# 1 / FACTORS and 8 - OFFSET / FACTORS, as pairs of float16.
+_CENTRE = "fma.rn.f16x2 $0, r, {factor}, {offset};"
+
+
+def codes_with_offset(words: UInt16[Array, "*s"], gpu: bool) -> list[Float[Array, "*s"]]:
+    """Words → four float16 arrays that hold `OFFSET + FACTORS[i] * code`."""
+    if gpu:
+        return [_pairs(_extract(i, "$0"), words) for i in range(4)]
+    return [_magic(words, i) for i in range(4)]
+
+
+def codes_centred(words: UInt16[Array, "*s"], gpu: bool) -> list[Float[Array, "*s"]]:
+    """Words → four float16 arrays that hold `code - 8`.
+
+    Without an offset, because the matrix unit truncates: an offset that grows with the number of
+    tokens accumulated would eat the digits of the sum.
+    """
+    if not gpu:
+        halves = [_magic(words, i) - np.float16(OFFSET) for i in range(4)]
+        return [x * np.float16(1 / f) - np.float16(8) for x, f in zip(halves, FACTORS, strict=True)]
+    subtract = "add.rn.f16x2 $0, r, o;", "0xE408E408"  # -1032
+    multiply_add = "fma.rn.f16x2 $0, r, f, o;", "0xD480D480"  # 1 / 16, -72
+    out = []
+    for i in range(4):
+        operation, offset = multiply_add if i % 2 else subtract
+        out.append(
+            _pairs(
+                ".reg .b32 r, f, o; "
+                + _extract(i, "r")
+                + f" mov.b32 f, 0x2C002C00; mov.b32 o, {offset}; "
+                + operation,
+                words,
+            )
+        )
+    return out
+
+
+def _extract(i: int, to: str) -> str:
+    """Instructions that put nibble i of both words of `$1`, under the magic bits, into `to`."""
+    mask = "0x00F000F0" if i % 2 else "0x000F000F"
+    if i < 2:
+        return _OR_MAGIC.format(to=to, word="$1", mask=mask)
+    return ".reg .b32 t; shr.b32 t, $1, 8; " + _OR_MAGIC.format(to=to, word="t", mask=mask)
+
+
+def _pairs(instructions: str, words: UInt16[Array, "*s"]) -> Float[Array, "*s"]:
+    """Applies instructions from `$1` to `$0`, two 16-bit elements at a time."""
+    result = jax.ShapeDtypeStruct(words.shape, jnp.float16)
+    [out] = plt.elementwise_inline_asm(
+        f"{{ {instructions} }}",
+        args=[words],
+        constraints="=r,r",
+        pack=2,
+        result_shape_dtypes=[result],
+    )
+    return out
+
+
+def _magic(words: UInt16[Array, "*s"], i: int) -> Float[Array, "*s"]:
+    if i >= 2:
+        words = words >> jnp.uint16(8)
+    mask = jnp.uint16(0xF0 if i % 2 else 0xF)
+    return lax.bitcast_convert_type((words & mask) | jnp.uint16(0x6400), jnp.float16)
+
+
+def split_scales(
+    words: UInt32[Array, "*s"],
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+    """One word → (scale, minimum) in float32."""
+    scale = lax.bitcast_convert_type(words << jnp.uint32(16), jnp.float32)
+    return scale, lax.bitcast_convert_type(words & _UPPER_HALF, jnp.float32)
+
+
+# --- Rotation -------------------------------------------------------------------------------
+
+
+def signs(order: int, head_dim: int, dtype) -> np.ndarray:
+    """The ±1 matrices that `rotate` multiplies with, `[n, n, size, size]` padded with zeros.
+
+    A Sylvester Hadamard matrix is a Kronecker product. Where blocks of `order` channels lie within
+    pieces, or pieces within blocks, one matrix serves all pieces (n = 1) and what lies across
+    pieces is butterflies. Where blocks straddle pieces (head dims 80, 96, 112), there is one for
+    each pair of pieces (n = 4).
+    """
+    width = head_dim // 4
+    straddle = bool(width % order and order % width)
+    count = 4 if straddle else 1
+    inner = order if straddle else min(order, width)
+    unscaled = page_format.hadamard(inner) * np.sqrt(inner)
+    matrix = np.kron(np.eye(count * width // inner), unscaled)
+    matrix = matrix.reshape(count, width, count, width).swapaxes(1, 2)
+    padding = (0, padded(width) - width)
+    return np.pad(matrix, ((0, 0), (0, 0), padding, padding)).round().astype(dtype)
+
+
+def rotate(
+    pieces: list[Float[Array, "a b"]], signs: Any, *, order: int, width: int, axis: int
+) -> list[Float[Array, "a b"]]:
+    """`page_format.rotate` without its factor `order**-0.5`, on four pieces, in float32.
+
+    Multiplying by ±1 is exact, so that only the order of the float32 sums differs from
+    `page_format`.
+
+    Args:
+      pieces: arrays whose `axis` is channels, padded from `width`; padding is and stays zero.
+      signs: a reference to what the function of that name returns; unused with `order` 1.
+      order: a power of two that divides `4 * width`.
+      width: channels of a piece.
+      axis: the axis of channels.
+    """
+    if order == 1:
+        return [x.astype(jnp.float32) for x in pieces]
+    index = jnp.arange(padded(width))
+
+    def load(i: int, j: int) -> Float[Array, "size size"]:
+        matrix = plt.load(signs.at[i, j, index[:, None], index[None, :]])
+        return matrix.astype(pieces[0].dtype)
+
+    def product(matrix, x):
+        return dot(matrix, x) if axis == 0 else dot(x, matrix)
+
+    if width % order and order % width:
+        # Symmetric as a whole: matrix (i, j) is the transpose of matrix (j, i).
+        return [
+            functools.reduce(
+                jnp.add,
+                (
+                    product(load(i, j) if axis == 0 else load(j, i), pieces[j])
+                    for j in range(4)
+                    if _overlap(i, j, width, order)
+                ),
+            )
+            for i in range(4)
+        ]
+    matrix = load(0, 0)
+    out = [product(matrix, x) for x in pieces]
+    step = 1
+    while step * width < order:
+        for i in range(4):
+            if not i & step:
+                a, b = out[i], out[i | step]
+                out[i], out[i | step] = a + b, a - b
+        step *= 2
+    return out
+
+
+def _overlap(i: int, j: int, width: int, order: int) -> bool:
+    """Whether a block of `order` channels has channels in both pieces i and j."""
+
+    def blocks(piece: int) -> set[int]:
+        return {c // order for c in range(piece * width, (piece + 1) * width)}
+
+    return bool(blocks(i) & blocks(j))
+
+
+# --- Instructions that the compiler does not choose by itself ---------------------------------
+
+
+def multiply_add(a, b, c, gpu: bool) -> Float[Array, "*s"]:
+    """a * b + c in float32, rounded once on a GPU."""
+    if not gpu:
+        return a * b + c
+    shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
+    return _float32("fma.rn.f32 $0, $1, $2, $3;", *(jnp.broadcast_to(x, shape) for x in (a, b, c)))
+
+
+def exp2(x: Float[Array, "*s"], gpu: bool) -> Float[Array, "*s"]:
+    """2 to the x, within two units in the last place."""
+    return _float32("ex2.approx.ftz.f32 $0, $1;", x) if gpu else jnp.exp2(x)
+
+
+def divide(a: Float[Array, "*s"], b: Float[Array, "*s"], gpu: bool) -> Float[Array, "*s"]:
+    """a / b rounded to nearest, where the compiler's own division is approximate."""
+    return _float32("div.rn.f32 $0, $1, $2;", a, b) if gpu else a / b
+
+
+def _float32(instruction: str, *args: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    [out] = plt.elementwise_inline_asm(
+        instruction,
+        args=args,
+        constraints="=f" + ",f" * len(args),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+    )
+    return out

@@ -1,0 +1,147 @@
+"""Compiles the Triton kernels for an H200 on a machine without a GPU, and bounds their spills.
+
+    JAX_PLATFORMS=cpu python tests/pallas_kernels/compile_for_h200.py
+
+Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version; the spills are read
+with the ptxas of nvidia-cuda-nvcc, if that is installed. Its own process, because XLA reads its
+flags once.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+DUMP = tempfile.mkdtemp()
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.* --xla_gpu_dump_llvmir"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from pallas_kernels import PageFormat, init_pages, tuning  # noqa: E402
+from pallas_kernels.triton import attention, write  # noqa: E402
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 62914560
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+def compile_for(topology, f, *args):
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    return jax.jit(f).lower(*args).compile()
+
+
+def compile_attention(topology, format, *, queries, head_dim):
+    batch, q_heads, kv_heads, max_pages = 32, 32, 8, 16
+    sizes = dict(layers=2, num_pages=512, kv_heads=kv_heads, page_size=64, head_dim=head_dim)
+    pages = jax.eval_shape(lambda: init_pages(format, **sizes))
+
+    def f(q, pages, page_table, lengths, layer):
+        return attention.paged_attention(
+            q,
+            pages,
+            page_table,
+            lengths,
+            layer=layer,
+            query_lengths=jnp.full(batch, queries),
+            causal=True,
+            scale=head_dim**-0.5,
+            window=None,
+            soft_cap=None,
+            sinks=None,
+        )
+
+    compile_for(
+        topology,
+        f,
+        jax.ShapeDtypeStruct((batch, queries, q_heads, head_dim), jnp.bfloat16),
+        pages,
+        jax.ShapeDtypeStruct((batch, max_pages), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+
+
+def compile_write(topology, format):
+    sizes = dict(layers=2, num_pages=64, kv_heads=8, page_size=64, head_dim=128)
+    pages = jax.eval_shape(lambda: init_pages(format, **sizes))
+    tokens = jax.ShapeDtypeStruct((64, 8, 128), jnp.bfloat16)
+    slots = jax.ShapeDtypeStruct((64,), jnp.int32)
+    compile_for(topology, lambda *x: write.write_kv(*x, layer=0), pages, tokens, tokens, slots)
+
+
+def spilled_bytes() -> int | None:
+    """Over all kernels compiled since the last call; `None` without ptxas."""
+    [*found] = pathlib.Path(jax.__file__).parents[1].glob("nvidia/cu*/bin/ptxas")
+    spilled = 0
+    for ptx in pathlib.Path(DUMP).glob("*.ptx"):
+        if found:
+            command = [found[0], "-v", "-arch=sm_90a", ptx, "-o", os.devnull]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            spilled += sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+        ptx.unlink()
+    return spilled if found else None
+
+
+def main() -> None:
+    # Without a GPU, Pallas' Triton lowering must be told which one is meant, and so must we.
+    from jax._src.pallas.triton import gpu_info
+
+    gpu_info.registry["cpu"] = lambda: gpu_info.get_gpu_info_from_version(gpu_info.GpuVersion.H200)
+    blocks = tuning.blocks
+    tuning.blocks = lambda op: blocks(op, "NVIDIA H200")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology="1x1x1", target_config=H200
+    )
+
+    bdr = PageFormat("split", 128)
+    programs = {
+        "decode": lambda: compile_attention(topology, bdr, queries=1, head_dim=128),
+        "decode bf16": lambda: compile_attention(
+            topology, PageFormat("bf16"), queries=1, head_dim=128
+        ),
+        "decode head_dim 96": lambda: compile_attention(
+            topology, PageFormat("split", 32), queries=1, head_dim=96
+        ),
+        "write": lambda: compile_write(topology, bdr),
+        "write values rotated": lambda: compile_write(topology, PageFormat("split", 128, True)),
+    }
+    failures = []
+    for name, compile_it in programs.items():
+        compile_it()
+        spilled = spilled_bytes()
+        print(f"{name}: {'unknown' if spilled is None else spilled} bytes spilled", flush=True)
+        if spilled:
+            failures.append(name)
+    sys.exit(f"Expected no spills, got some in {failures}" if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

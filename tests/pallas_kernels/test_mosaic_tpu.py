@@ -1,0 +1,203 @@
+"""The TPU kernels in the TPU interpreter, and on a TPU (`-m tpu`), against the oracle.
+
+The interpreter fills memory that nobody wrote with NaN, raises on reads out of bounds, and makes a
+copy only when it is awaited, so that a wait too few is a wrong value.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mosaic_tpu import attention, write
+from tests import cases
+from tests.pallas_kernels import test_attention, test_write
+
+INTERPRET = pltpu.InterpretParams(
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    dma_execution_mode="on_wait",
+)
+
+# Queries and weights keep 15 bits; outputs in bfloat16 keep 8.
+TOLERANCE = dict(rtol=0, atol=8e-4)
+BF16_TOLERANCE = dict(rtol=2**-7, atol=2e-3)
+
+
+def paired(all_cases):
+    """The layout that only other kernels read becomes the one that these read."""
+    seen = {}
+    for case in all_cases:
+        layout = "paired" if case.layout == "split" else case.layout
+        case = dataclasses.replace(case, layout=layout)
+        seen.setdefault(dataclasses.replace(case, name=""), case)
+    return list(seen.values())
+
+
+def attend(problem, interpret, kernel=attention):
+    case = problem.case
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    call = functools.partial(kernel.paged_attention, scale=scale, interpret=interpret)
+    out = jax.jit(call, static_argnames=("causal", "window", "soft_cap"))(
+        problem.q,
+        problem.pages,
+        problem.page_table,
+        problem.lengths,
+        layer=test_attention.LAYER,
+        query_lengths=problem.query_lengths,
+        sinks=problem.sinks,
+        **problem.options,
+    )
+    return np.asarray(out, np.float64)
+
+
+def check_attention(case, interpret, kernel=attention):
+    problem = test_attention.Problem(case)
+    out = attend(problem, interpret, kernel)
+    tolerance = BF16_TOLERANCE if case.dtype == "bfloat16" else TOLERANCE
+    np.testing.assert_allclose(out, problem.expected(), **tolerance)
+    real = np.arange(case.queries) < problem.query_lengths[:, None]
+    assert not out[~real].any()
+    assert not out[problem.lengths == 0].any()
+
+
+def check_write(case, interpret, kernel=write):
+    pages, (k, v) = test_write.dirty_pages(case), test_write.tokens(case)
+    expected = test_write.expected_write(pages, k, v, case.slots, case.layer)
+    call = functools.partial(kernel.write_kv, interpret=interpret)
+    written = jax.jit(call)(pages, k, v, jnp.array(case.slots, jnp.int32), layer=case.layer)
+    test_write.assert_same_bytes(written, expected)
+
+
+ATTENTION = paired(cases.DECODE + cases.PREFILL)
+QUICK_ATTENTION = [
+    case for case in ATTENTION if case.name in ("ragged", "chunk_everything", "verify_4_bf16")
+]
+
+# Runs of tokens, as a prefill writes them: into whole tiles, ragged at both ends, over blocks of
+# the kernel and borders of pages; and more tokens than units in flight, several to a tile.
+RUN = cases.WriteCase("run", num_pages=5, page_size=128, kv_heads=1, head_dim=128, order=128)
+SCATTERED = tuple(int(slot) for slot in np.random.default_rng(0).permutation(640)[:40])
+RUNS = [
+    dataclasses.replace(RUN, slots=tuple(range(130, 430))),
+    dataclasses.replace(RUN, name="aligned_run", slots=tuple(range(128, 384)), dtype="bfloat16"),
+    dataclasses.replace(RUN, name="run_64", slots=tuple(range(130, 300)), head_dim=64, order=64),
+    dataclasses.replace(RUN, name="run_bf16", slots=tuple(range(130, 300)), layout="bf16", order=1),
+    dataclasses.replace(
+        RUN, name="two_runs", slots=(*range(60, 100), -1, *range(300, 333)), kv_heads=3
+    ),
+    dataclasses.replace(RUN, name="scattered", slots=SCATTERED, kv_heads=2),
+]
+WRITES = paired(cases.WRITES) + RUNS
+QUICK_WRITES = [case for case in WRITES if case.name in ("paired", "some_skipped", "two_runs")]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of pages to a sequence."""
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 128)
+
+
+@pytest.mark.timeout(120)  # a copy into the wrong buffer is awaited forever
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", QUICK_ATTENTION, ids=lambda case: case.name)
+def test_attention_interpreted_quick(case):
+    check_attention(case, INTERPRET)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", QUICK_WRITES, ids=lambda case: case.name)
+def test_write_interpreted_quick(case):
+    check_write(case, INTERPRET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_interpreted(case):
+    check_attention(case, INTERPRET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", WRITES, ids=lambda case: case.name)
+def test_write_interpreted(case):
+    check_write(case, INTERPRET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("order", [1, 128])
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_tiles_of_queries(monkeypatch, order, chunk):
+    """More queries than one tile takes; items that see nothing stand between others."""
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 128)
+    monkeypatch.setattr(attention, "MAX_ROWS", 4 * chunk)
+    case = cases.AttentionCase(
+        "tiles",
+        order=order,
+        head_dim=128,
+        queries=16,
+        lengths=(16, 0, 150, 300, 16),
+        query_lengths=(16, 0, 3, 16, 0),
+        page_size=128,
+    )
+    check_attention(case, INTERPRET)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nan_token_spoils_its_own_head_only(small_blocks):
+    problem = test_attention.Problem(cases.AttentionCase("nan", lengths=(20, 20)))
+    page = problem.page_table[0, 0]
+    for kind in (0, 1):
+        problem.words[test_attention.LAYER, page, 3, kind, kind] = 0x7FC0
+    out = attend(problem, INTERPRET)
+    assert np.isnan(out[0]).all()  # the key of KV head 0, the value of KV head 1
+    assert np.isfinite(out[1]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sink", [-np.inf, -1e4, 1e4])
+def test_extreme_sinks(sink, small_blocks):
+    problem = test_attention.Problem(cases.AttentionCase("sinks", lengths=(20, 0), sinks=True))
+    problem.sinks[:] = sink
+    np.testing.assert_allclose(attend(problem, INTERPRET), problem.expected(), **TOLERANCE)
+
+
+def test_supported():
+    pages = test_write.dirty_pages(RUN)
+    assert attention.pages_supported(pages) is None
+    small = test_write.dirty_pages(dataclasses.replace(RUN, page_size=64))
+    assert "page_size=64" in attention.pages_supported(small)
+    split = test_write.dirty_pages(dataclasses.replace(RUN, layout="split"))
+    assert "'split'" in attention.pages_supported(split)
+    large = jax.ShapeDtypeStruct((4, 1 << 18), jnp.int32)
+    assert "1048576" in attention.supported(large, pages, large)
+
+
+# --- On a TPU -------------------------------------------------------------------------------
+
+
+def on_tpu(case):
+    """The case with pages that the compiled kernels take."""
+    return dataclasses.replace(case, page_size=128)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_on_tpu(case):
+    check_attention(on_tpu(case), interpret=False)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("case", WRITES, ids=lambda case: case.name)
+def test_write_on_tpu(case):
+    check_write(on_tpu(case), interpret=False)

@@ -1,0 +1,333 @@
+"""The Triton kernels against the oracle: interpreted anywhere, compiled on a GPU (`-m gpu`)."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import PageFormat, init_pages, tuning
+from pallas_kernels.triton import attention, write
+from pallas_kernels.xla.write import write_kv as write_kv_xla
+from tests import cases, oracle
+from tests.pallas_kernels import test_write
+from tests.pallas_kernels.test_attention import LAYER, Problem
+
+INTERPRETED = "interpreted"
+COMPILED = pytest.param("compiled", marks=pytest.mark.gpu)
+
+# Weights and codes meet in float16; a bfloat16 cache's weights are bfloat16.
+TOLERANCE = 5e-4
+BF16_TOLERANCE = 4e-3
+
+# Interpreted cases that take a second or two each; the others are `slow`.
+QUICK = {
+    "split",
+    "split_values_rotated",
+    "bf16",
+    "ragged",
+    "everything",
+    "head_dim_80",
+    "chunk_everything",
+    "not_causal_ragged",
+    "some_skipped",
+    "past_the_pool",
+    "bf16_skipped",
+    "head_dim_96_split",
+}
+
+
+def kernel_cases(all_cases):
+    """Each case interpreted and compiled, `paired` ones as `split`."""
+    out = []
+    for case in all_cases:
+        if case.layout == "paired":
+            case = dataclasses.replace(case, layout="split")
+        marks = () if case.name in QUICK else pytest.mark.slow
+        out += [
+            pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks),
+            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu),
+        ]
+    return out
+
+
+def attend(problem, mode, blocks=None, **options):
+    case = problem.case
+    if blocks is None and mode == INTERPRETED:
+        blocks = attention.Blocks(16, 16, 16, 16, 1, 1)
+    static = dict(
+        causal=case.causal,
+        scale=case.head_dim**-0.5 if case.scale is None else case.scale,
+        window=case.window,
+        soft_cap=case.soft_cap,
+        blocks=blocks,
+        interpret=mode == INTERPRETED,
+    )
+    out = jax.jit(functools.partial(attention.paged_attention, **static))(
+        problem.q,
+        problem.pages,
+        jnp.asarray(problem.page_table),
+        jnp.asarray(problem.lengths),
+        query_lengths=jnp.asarray(problem.query_lengths),
+        sinks=problem.sinks,
+        **{"layer": LAYER, **options},
+    )
+    assert out.shape == problem.q.shape
+    assert out.dtype == problem.q.dtype
+    return np.asarray(out, np.float64)
+
+
+def relative_error(actual, expected):
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def assert_close(actual, problem, tolerance=None):
+    case = problem.case
+    if tolerance is None:
+        short = case.layout == "bf16" or case.dtype == "bfloat16"
+        tolerance = BF16_TOLERANCE if short else TOLERANCE
+    assert relative_error(actual, problem.expected()) < tolerance
+
+
+# --- Attention ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.DECODE + cases.PREFILL))
+def test_attention_equals_the_oracle(mode, case):
+    problem = Problem(case)
+    actual = attend(problem, mode)
+    assert_close(actual, problem)
+    real = np.arange(case.queries) < problem.query_lengths[:, None]
+    assert not actual[~real].any()
+    assert not actual[problem.lengths == 0].any()
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("programs", [1, 64])
+@pytest.mark.parametrize(
+    ("block_tokens", "page_size"), [(16, 64), (64, 16), pytest.param(32, 24, id="24 per page")]
+)
+def test_block_sizes_do_not_show(mode, programs, block_tokens, page_size):
+    case = cases.AttentionCase("blocks", "split", page_size=page_size, lengths=(0, 150, 33))
+    problem = Problem(case)
+    blocks = attention.Blocks(block_tokens, 16, programs, 64, 1, 2)
+    assert_close(attend(problem, mode, blocks), problem)
+
+
+@pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
+@pytest.mark.parametrize("layout", ["split", "bf16"])
+@pytest.mark.parametrize("q_heads", [2, 5, 8, 16])
+def test_groups(mode, layout, q_heads):
+    case = cases.AttentionCase(
+        "group", layout, order=1, kv_heads=1, q_heads=q_heads, queries=3, lengths=(40, 7)
+    )
+    problem = Problem(case)
+    assert_close(attend(problem, mode), problem)
+
+
+@pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
+def test_long_context_in_one_split_keeps_its_digits(mode):
+    """Zero-mean values: an offset carried through the sum would show here first."""
+    case = cases.AttentionCase(
+        "long", "split", lengths=(32_768,), kv_heads=1, head_dim=128, order=128, page_size=64
+    )
+    problem = Problem(case)
+    scale, _ = oracle.split(problem.words)
+    minimum = (-7.5 * scale).astype(jnp.bfloat16).view(np.uint16)
+    problem.words = (problem.words & 0xFFFF) | minimum.astype(np.uint32) << 16
+    assert_close(attend(problem, mode, attention.Blocks(64, 16, 1, 1, 1, 2)), problem, 1e-3)
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
+def test_values_and_queries_of_any_magnitude(mode, factor):
+    case = cases.AttentionCase("magnitude", "split", lengths=(40, 3), scale=float(0.125 / factor))
+    problem = Problem(case)
+    problem.q = problem.q * factor
+    codes, words = problem.codes, problem.words
+    scale, minimum = (x * [1, factor] for x in oracle.split(words))  # keys, values
+    low, high = (x.astype(jnp.bfloat16).view(np.uint16) for x in (scale, minimum))
+    problem.words = low | high.astype(np.uint32) << 16
+    assert (codes == problem.codes).all()
+    assert_close(attend(problem, mode), problem)
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+def test_nan_token_spoils_its_own_sequence_only(mode):
+    problem = Problem(cases.AttentionCase("nan", "split", lengths=(20, 20)))
+    problem.words[LAYER, problem.page_table[0, 0], 3, 0, 0] = oracle.NAN_WORD
+    out = attend(problem, mode)
+    assert np.isnan(out[0, :, :2]).all()  # the two query heads of KV head 0
+    assert np.isfinite(out[0, :, 2:]).all()
+    assert np.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("sink", [-np.inf, -1e4, 1e4])
+def test_extreme_sinks(mode, sink):
+    problem = Problem(cases.AttentionCase("sinks", "split", lengths=(20, 0), sinks=True))
+    problem.sinks[:] = sink
+    actual = attend(problem, mode)
+    np.testing.assert_allclose(actual, problem.expected(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["bf16", "split"])
+@pytest.mark.parametrize("queries", [1, 300])
+def test_large_problem_equals_xla(method, queries):
+    """The shapes of a real model, with the device's own block sizes."""
+    problem = Problem(
+        cases.AttentionCase(
+            "large",
+            method,
+            order=1 if method == "bf16" else 128,
+            dtype="bfloat16",
+            lengths=(5000, 1, 2049, 0, 4096),
+            queries=queries,
+            query_lengths=(queries, 1, 1, 0, queries),
+            q_heads=32,
+            kv_heads=8,
+            head_dim=128,
+            page_size=64,
+        )
+    )
+    actual = attend(problem, "compiled")
+    expected = problem.attend(implementation="xla")
+    assert relative_error(actual, expected) < BF16_TOLERANCE
+
+
+# --- Writing --------------------------------------------------------------------------------
+
+
+def written(pages, k, v, slots, mode, layer=0, blocks=None):
+    if mode == INTERPRETED:
+        blocks = write.Blocks(16, 1)
+    static = dict(blocks=blocks, interpret=mode == INTERPRETED)
+    return jax.jit(functools.partial(write.write_kv, **static))(pages, k, v, slots, layer=layer)
+
+
+def written_on_cpu(*arrays):
+    """By XLA, whose division on a GPU is approximate."""
+    arrays = jax.device_put(arrays, jax.devices("cpu")[0])
+    return jax.jit(functools.partial(write_kv_xla, layer=0))(*arrays)
+
+
+@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.WRITES))
+def test_write_equals_the_oracle(mode, case):
+    pages, (k, v) = test_write.dirty_pages(case), test_write.tokens(case)
+    slots = jnp.array(case.slots, jnp.int32)
+    actual = written(pages, k, v, slots, mode, case.layer)
+    expected = test_write.expected_write(pages, k, v, case.slots, case.layer)
+    test_write.assert_same_bytes(actual, expected)
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+def test_hard_rows_have_the_same_bytes(mode):
+    rows = [row.values for row in cases.ROWS if row.same_bytes]
+    x = jnp.array(rows, jnp.float32)[:, None]
+    sizes = dict(layers=1, num_pages=2, kv_heads=1, page_size=16, head_dim=16)
+    pages = init_pages(PageFormat("split"), **sizes)
+    slots = jnp.arange(len(x))
+    expected = written_on_cpu(pages, x, -x, slots)
+    actual = written(pages, x, -x, slots, mode)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [1, 16, 128])
+def test_many_tokens_have_the_same_bytes(order):
+    """But for ties that the last bit of a rotation decides, which are few."""
+    case = cases.WriteCase(
+        "many",
+        "split",
+        order=order,
+        dtype="bfloat16",
+        slots=tuple(range(4096)),
+        num_pages=64,
+        page_size=64,
+        kv_heads=8,
+        head_dim=128,
+    )
+    pages, (k, v) = test_write.dirty_pages(case), test_write.tokens(case)
+    slots = jnp.array(case.slots)
+    codes, words = test_write.logical(written(pages, k, v, slots, "compiled"))
+    expected = written_on_cpu(pages, k, v, slots)
+    expected_codes, expected_words = test_write.logical(expected)
+    same = words == expected_words
+    flips = np.abs(codes.astype(int) - expected_codes)[same]
+    print(f"order {order}: {(~same).sum()} of {same.size} words, {flips.sum()} of {flips.size}")
+    assert (~same).mean() <= (0 if order == 1 else 1e-3)
+    assert flips.max() <= 1
+    assert flips.mean() <= (0 if order == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+def test_bad_tokens_are_stored_as_nan(mode):
+    case = cases.WriteCase("bad", "split", slots=(0, 1, 2))
+    k, v = test_write.tokens(case)
+    k = k.at[0, 0, 5].set(jnp.nan).at[1, 1, 7].set(jnp.inf)
+    v = v.at[2, 0, 1].set(-jnp.inf)
+    pages = written(test_write.dirty_pages(case), k, v, jnp.array(case.slots), mode)
+    _, words = test_write.logical(pages)
+    is_nan = words[0, 0, :3] == oracle.NAN_WORD  # [token, K, key or value]
+    np.testing.assert_array_equal(np.argwhere(is_nan), [[0, 0, 0], [1, 1, 0], [2, 0, 1]])
+
+
+@pytest.mark.gpu
+def test_donated_pages_are_updated_in_place():
+    case = cases.WriteCase("in_place", "split", num_pages=1000)
+    pages, (k, v) = test_write.dirty_pages(case), test_write.tokens(case)
+    step = jax.jit(functools.partial(write.write_kv, layer=0), donate_argnums=0)
+    memory = step.lower(pages, k, v, jnp.array(case.slots)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == pages.nbytes
+    assert memory.temp_size_in_bytes < 1000
+
+
+# --- Around the kernels ---------------------------------------------------------------------
+
+
+def test_supported_says_why_not():
+    sizes = dict(layers=1, num_pages=1, kv_heads=1, page_size=16)
+    q = k = jnp.zeros((1, 1, 1), jnp.float32)
+    split = init_pages(PageFormat("split"), head_dim=128, **sizes)
+    paired = init_pages(PageFormat("paired"), head_dim=128, **sizes)
+    wide = init_pages(PageFormat("split"), head_dim=512, **sizes)
+    table = jnp.zeros((1, 1), jnp.int32)
+    assert attention.supported(q, split, table) is None
+    assert write.supported(split, k, k) is None
+    for pages, reason in ((paired, "layout"), (wide, "head_dim")):
+        assert reason in attention.supported(q, pages, table)
+        assert reason in write.supported(pages, k, k)
+
+
+def test_every_tuning_file_has_every_operation():
+    for path in pathlib.Path(tuning.__file__).parent.glob("*.json"):
+        sizes = json.loads(path.read_text())
+        attention.Blocks(**sizes["decode_attention"])
+        attention.Blocks(**sizes["decode_attention_bf16"])
+        attention.Blocks(**sizes["prefill_attention"])
+        write.Blocks(**sizes["write_kv"])
+
+
+def test_tuning_goes_by_device_kind():
+    folder = pathlib.Path(tuning.__file__).parent
+    for kind, name in (("NVIDIA H200", "h200"), ("NVIDIA H2000", "default"), ("cpu", "default")):
+        expected = json.loads((folder / f"{name}.json").read_text())
+        assert tuning.blocks("write_kv", kind) == expected["write_kv"]
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h200_without_one(tmp_path):
+    """And keep everything in registers."""
+    pytest.importorskip("jax_cuda13_plugin")
+    script = pathlib.Path(__file__).with_name("compile_for_h200.py")
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, script], check=True, env=environment, cwd=tmp_path, timeout=500)
