@@ -46,7 +46,7 @@ class CacheSpec:
     kv_heads: int
     head_dim: int
     num_pages: int
-    page_size: int = 64
+    page_size: int = 128
     dtype: Literal["int4", "bf16"] = "int4"
     order: int | None = None
     rotate_v: bool = False

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--rotate-v", action="store_true", help="rotate values too, in the weights"
     )
-    command.add_argument("--page-size", type=int, default=64, metavar="S", help="tokens in a page")
+    command.add_argument("--page-size", type=int, default=128, metavar="S", help="tokens in a page")
     command.add_argument(
         "--pool-tokens",
         type=int,

@@ -31,7 +31,7 @@ def describe_device() -> str:
 def meta() -> dict[str, str]:
     """Where and when a result was made."""
     return {
-        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": describe_device(),
         "python": platform.python_version(),
@@ -48,6 +48,18 @@ def write_results(path: str | pathlib.Path, rows: Sequence[dict[str, Any]]) -> N
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def _command() -> str:
+    """The command line, without what is private about it: where this program lies."""
+    program = pathlib.Path(sys.argv[0])
+    if program.name == "__main__.py":
+        words = ["python", "-m", program.parent.name]
+    elif program.suffix == ".py":
+        words = ["python", f"{program.parent.name}/{program.name}"]
+    else:
+        words = [program.name]
+    return shlex.join(words + sys.argv[1:])
 
 
 def _commit() -> str:

@@ -49,7 +49,7 @@ def _quantize_vector(x: np.ndarray) -> tuple[np.ndarray, int]:
     spread = x.max() - np.float32(minimum)
     if not np.isfinite(spread):
         return np.zeros(x.shape), NAN_WORD
-    scale = (spread / np.float32(15)).astype(bfloat16)
+    scale = (spread * np.float32(1 / 15)).astype(bfloat16)
     if scale < np.finfo(np.float32).tiny:
         return np.zeros(x.shape), join(bfloat16(0), minimum)
     steps = (x - np.float32(minimum)) * (np.float32(1) / np.float32(scale))
