@@ -27,7 +27,7 @@ def paged_attention(
     sinks: Float[Array, "H"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H D"]:
-    """Attention over each sequence's pages (SAW-INT4, arXiv 2604.19157, section 4).
+    """Attention over each sequence's pages (SAW-INT4, arXiv 2604.19157).
 
     One operation for decode (T = 1), chunked prefill and verification of drafts: the T queries of
     a sequence are its newest tokens, already written, so that query t of sequence b stands at

@@ -2,7 +2,7 @@
 
 Logical, the same everywhere. Each (layer, token, KV head) has a key and a value vector of D
 numbers. The key is first rotated by a block-diagonal Hadamard matrix (SAW-INT4, arXiv
-2604.19157, section 4), then each vector is stored as D codes 0..15 and one `uint32`: the low
+2604.19157), then each vector is stored as D codes 0..15 and one `uint32`: the low
 16 bits are a bfloat16 scale, the high 16 bits a bfloat16 minimum, and
 
     x ≈ code * scale + minimum.

@@ -19,7 +19,7 @@ def write_kv(
     layer: int | Int[Array, ""] = 0,
     implementation: Implementation | None = None,
 ) -> Pages:
-    """Writes n tokens of one layer to their slots (SAW-INT4, arXiv 2604.19157, section 4).
+    """Writes n tokens of one layer to their slots (SAW-INT4, arXiv 2604.19157).
 
     Donate `pages` to the jitted function around this: the update is then in place. Two tokens of
     one call must not share a slot.
