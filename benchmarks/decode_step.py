@@ -21,23 +21,12 @@ from rich.table import Table
 
 from pallas_kernels import page_format
 from saw_int4_jax import Cache, CacheSpec, decode, init_cache
-from saw_int4_jax.demo import METHOD_OPTIONS
+from saw_int4_jax.demo import METHOD_OPTIONS, REFERENCE_MODEL
 from saw_int4_jax.generate import RUNNING, DecodeState
 from saw_int4_jax.models.configs import CONFIGS
-from saw_int4_jax.models.llama import Llama, LlamaConfig
+from saw_int4_jax.models.hugging_face import read_config
+from saw_int4_jax.models.llama import Llama
 from saw_int4_jax.results import describe_device, write_results
-
-REFERENCE = LlamaConfig(
-    vocab_size=257,
-    embed_dim=256,
-    mlp_dim=768,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=128,
-    max_length=1024,
-    tie_embeddings=True,
-)
 
 
 def filled_cache(spec: CacheSpec, batch: int, context: int) -> Cache:
@@ -130,7 +119,8 @@ def main() -> None:
     arguments.add_argument("--json", metavar="FILE")
     arguments = arguments.parse_args()
 
-    config = REFERENCE if arguments.model == "reference" else CONFIGS[arguments.model]
+    bundled = arguments.model == "reference"
+    config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[arguments.model]
     model = Llama(config, last_only=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     variables = jax.jit(
