@@ -49,8 +49,9 @@ def paged_attention(
         loop.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`. Static: a constant of the model.
       sinks: one logit per query head that takes part in the softmax without a value.
-      implementation: `None` picks the best for the device; `"xla"` runs anywhere, `"triton"` on
-        NVIDIA GPUs, `"mosaic_tpu"` on TPUs.
+      implementation: `None` picks the best for the default device; `"xla"` runs anywhere,
+        `"triton"` on NVIDIA GPUs, `"mosaic_tpu"` on TPUs. Name it to compile for a device that is
+        not there.
 
     Returns:
       The attention output in q's dtype.

@@ -24,7 +24,8 @@ def choose(
 
     Args:
       operation: its name.
-      implementation: `None` picks the best that takes the operands.
+      implementation: `None` picks the best of the default device that takes the operands. A named
+        one may be traced anywhere: the program may be compiled for another device than this one's.
       *operands: what a kernel's own `supported` looks at.
 
     Raises:
@@ -37,7 +38,8 @@ def choose(
     if implementation not in get_args(Implementation):
         names = get_args(Implementation)
         raise NotImplementedError(f"Expected {implementation=} to be one of {names}")
-    if implementation not in ("xla", *kernels):
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands))
+    if implementation not in ("xla", *kernels) and not traced:
         device = jax.devices()[0].device_kind
         raise NotImplementedError(
             f"Expected {implementation=} to run on its device, not a {device}"

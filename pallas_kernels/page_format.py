@@ -30,12 +30,13 @@ Everything here is plain `jnp`: it is the documentation, the oracle and the CPU 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 Layout = Literal["paired", "split", "bf16"]
@@ -118,9 +119,21 @@ class Pages:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def preferred_layout() -> Layout:
-    """The INT4 layout that the default device's kernels read fastest."""
-    return "split" if jax.default_backend() == "gpu" else "paired"
+def preferred_layout(implementation: str | None = None) -> Layout:
+    """The INT4 layout that an implementation reads fastest; `None`: the default device's."""
+    if implementation is None and jax.default_backend() == "gpu":
+        implementation = "triton"
+    return "split" if implementation == "triton" else "paired"
+
+
+def head_specs(format: PageFormat, axis: str) -> Any:
+    """`Pages` of a `PartitionSpec` for each array, which puts the KV heads on a mesh axis."""
+    data: Any = PartitionSpec(None, None, axis)
+    if format.layout == "bf16":
+        return Pages(data, None, format)
+    scales_axis = 3 if format.layout == "paired" else 2
+    scales: Any = PartitionSpec(*[None] * scales_axis, axis)
+    return Pages(data, scales, format)
 
 
 def init_pages(

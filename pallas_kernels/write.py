@@ -30,8 +30,9 @@ def write_kv(
       v: values.
       slots: page * S + offset for each token. -1, and anything past the pool, is skipped.
       layer: which layer's pages to write. A traced value is allowed (layers under `lax.scan`).
-      implementation: `None` picks the best for the device; `"xla"` runs anywhere, `"triton"` on
-        NVIDIA GPUs, `"mosaic_tpu"` on TPUs.
+      implementation: `None` picks the best for the default device; `"xla"` runs anywhere,
+        `"triton"` on NVIDIA GPUs, `"mosaic_tpu"` on TPUs. Name it to compile for a device that is
+        not there.
 
     Returns:
       The pages with the tokens written.

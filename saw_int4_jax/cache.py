@@ -14,14 +14,17 @@ step may write wherever `extend` made room, without looking who else reads the p
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PageFormat, Pages, init_pages, paged_attention, write_kv
-from pallas_kernels.page_format import Layout, largest_order, preferred_layout
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.page_format import Layout, head_specs, largest_order, preferred_layout
+from pallas_kernels.write import check_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,10 @@ class CacheSpec:
         largest (BDR). 1: no rotation (plain INT4).
       rotate_v: rotate values too, and rotate the attention output back. To have this for free
         leave it off and fold the rotation into the weights: `rotation.fold_values`.
-      layout: physical layout, see `pallas_kernels.page_format`. `None`: the device's best.
+      layout: physical layout, see `pallas_kernels.page_format`. `None`: the best for
+        `implementation`, or for the device.
+      implementation: of `write_kv` and `paged_attention`. `None`: the best for the device. Name it
+        to compile for a device that is not there.
     """
 
     layers: int
@@ -51,9 +57,13 @@ class CacheSpec:
     order: int | None = None
     rotate_v: bool = False
     layout: Layout | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self):
-        dtype, layout = self.dtype, self.layout
+        dtype, layout, implementation = self.dtype, self.layout, self.implementation
+        if implementation not in (None, *get_args(Implementation)):
+            names = get_args(Implementation)
+            raise ValueError(f"Expected {implementation=} to be None or one of {names}")
         if dtype not in ("int4", "bf16"):
             raise ValueError(f"Expected {dtype=} to be 'int4' or 'bf16'")
         if layout is not None and (layout == "bf16") != (dtype == "bf16"):
@@ -71,7 +81,8 @@ class CacheSpec:
         if self.dtype == "bf16":
             return PageFormat("bf16", 1 if self.order is None else self.order, self.rotate_v)
         order = largest_order(self.head_dim) if self.order is None else self.order
-        return PageFormat(self.layout or preferred_layout(), order, self.rotate_v)
+        layout = self.layout or preferred_layout(self.implementation)
+        return PageFormat(layout, order, self.rotate_v)
 
     @property
     def method(self) -> Literal["bf16", "int4", "bdr"]:
@@ -110,6 +121,9 @@ class Cache:
       references: `int32[P]`, page-table entries that name a page.
       free_pages: `int32[P]`, a stack of the free pages: entries 0 .. num_free - 1.
       num_free: `int32[]`.
+      implementation: as in `CacheSpec`. Static: another program.
+      head_sharding: how one array [K] of KV heads lies on several devices, or `None`; see
+        `saw_int4_jax.sharding`. Static: `attend` maps the kernels over its mesh.
     """
 
     pages: Pages
@@ -119,6 +133,10 @@ class Cache:
     references: Int[Array, "P"]
     free_pages: Int[Array, "P"]
     num_free: Int[Array, ""]
+    implementation: Implementation | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    head_sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def batch(self) -> int:
@@ -156,6 +174,7 @@ def init_cache(spec: CacheSpec, batch: int, max_length: int | None = None) -> Ca
         references=jnp.zeros(spec.num_pages, jnp.int32),
         free_pages=jnp.arange(spec.num_pages - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(spec.num_pages, jnp.int32),
+        implementation=spec.implementation,
     )
 
 
@@ -404,6 +423,8 @@ def attend(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
+    *,
+    sinks: Float[Array, "H"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B T H D"], Cache]:
     """Writes a step's keys and values, then attends: what replaces a model's attention call.
@@ -417,8 +438,8 @@ def attend(
       q: queries after RoPE.
       k: keys after RoPE; they are rotated and quantized here.
       v: values.
-      **options: `causal`, `scale`, `window`, `soft_cap`, `sinks`, as in
-        `pallas_kernels.paged_attention`.
+      sinks: as in `pallas_kernels.paged_attention`.
+      **options: `causal`, `scale`, `window`, `soft_cap`, as there.
 
     Raises:
       ValueError: shapes do not fit the cache.
@@ -429,21 +450,37 @@ def attend(
             f"Expected {q.shape=}, {k.shape=}, {v.shape=} to be [B, T, heads, D] alike in B and T "
             f"with B = {cache.batch}"
         )
-    flat = (batch * num_tokens, *k.shape[2:])
-    pages = write_kv(
-        cache.pages,
-        k.reshape(flat),
-        v.reshape(flat),
-        slots(cache, num_tokens).reshape(-1),
-        layer=layer,
-    )
-    out = paged_attention(
-        q,
-        pages,
-        cache.page_table,
-        cache.lengths,
-        layer=layer,
-        query_lengths=cache.new_tokens,
-        **options,
+    check_layer(layer, cache.pages)
+
+    def run(pages, q, k, v, sinks, layer, slots, page_table, lengths, new_tokens):
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+        chosen = cache.implementation
+        pages = write_kv(pages, k, v, slots.reshape(-1), layer=layer, implementation=chosen)
+        out = paged_attention(
+            q,
+            pages,
+            page_table,
+            lengths,
+            layer=layer,
+            query_lengths=new_tokens,
+            sinks=sinks,
+            implementation=chosen,
+            **options,
+        )
+        return out, pages
+
+    if cache.head_sharding is not None:  # a kernel is one device's work: each does its own heads
+        mesh, (axis,) = cache.head_sharding.mesh, cache.head_sharding.spec
+        pages, heads = head_specs(cache.pages.format, axis), PartitionSpec(None, None, axis)
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(pages, heads, heads, heads, PartitionSpec(axis), *[PartitionSpec()] * 5),
+            out_specs=(heads, pages),
+            check_vma=False,
+        )
+    out, pages = run(
+        *(cache.pages, q, k, v, sinks, layer, slots(cache, num_tokens)),
+        *(cache.page_table, cache.lengths, cache.new_tokens),
     )
     return out, dataclasses.replace(cache, pages=pages)

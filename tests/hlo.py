@@ -25,7 +25,10 @@ def assert_in_place(compiled, pages, *, temp_fraction: float = 0.01) -> None:
     assert max(copied_sizes(compiled), default=0) < one_layer
 
 
-def copied_sizes(compiled) -> list[int]:
-    """Elements of each array that the program copies, inside fusions and loops too."""
-    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", compiled.as_text())
+def copied_sizes(compiled, dtypes: str = r"\w+") -> list[int]:
+    """Elements of each array that the program copies, inside fusions and loops too.
+
+    `dtypes` is a regular expression for the HLO names of those that count.
+    """
+    shapes = re.findall(rf"= (?:{dtypes})\[([\d,]*)\]\S* copy(?:-start)?\(", compiled.as_text())
     return [math.prod(map(int, dims.split(","))) for dims in shapes if dims]

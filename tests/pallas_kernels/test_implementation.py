@@ -47,3 +47,11 @@ def test_a_named_one_that_cannot_run_says_why(device, implementation, message, m
     monkeypatch.setattr(jax, "default_backend", lambda: device)
     with pytest.raises(NotImplementedError, match=f"Expected.*{message}"):
         choose("write_kv", implementation, *pages)
+
+
+def test_a_named_one_of_another_device_can_be_traced():
+    def traced(pages, k, v):
+        chosen = choose("write_kv", "mosaic_tpu", pages, k, v)
+        assert chosen.__module__ == "pallas_kernels.mosaic_tpu.write"
+
+    jax.eval_shape(traced, *operands("paired"))

@@ -495,3 +495,39 @@ def test_method_names():
     specs = [CacheSpec(**GOOD_SPEC, **options) for options in methods]
     assert [spec.method for spec in specs] == ["bf16", "int4", "bdr", "bdr"]
     assert len({hash(spec) for spec in specs}) == 4  # usable as static arguments
+
+
+# --- Implementation --------------------------------------------------------------------------
+
+
+def test_implementation_is_checked_and_chooses_the_layout():
+    with pytest.raises(ValueError, match="Expected implementation='cuda' to be None or one of"):
+        CacheSpec(1, 1, 16, num_pages=2, implementation="cuda")
+    layouts = {
+        name: CacheSpec(1, 1, 16, num_pages=2, implementation=name).format.layout
+        for name in ("triton", "mosaic_tpu")
+    }
+    assert layouts == {"triton": "split", "mosaic_tpu": "paired"}
+
+
+def test_two_implementations_are_two_programs():
+    """The implementation is static: a program compiled for one is never run for another."""
+    traced = []
+
+    @jax.jit
+    def step(cache):
+        traced.append(cache.implementation)
+        return cache
+
+    for name in (None, "xla", None, "xla"):
+        spec = CacheSpec(1, 1, 16, num_pages=2, implementation=name)
+        assert step(init_cache(spec, 1)).implementation == name
+    assert traced == [None, "xla"]
+
+
+def test_a_kernel_of_another_device_is_refused():
+    cache = init_cache(CacheSpec(1, 1, 16, num_pages=2, implementation="mosaic_tpu"), 1)
+    cache, _ = extend(cache, jnp.array([1]))
+    x = jnp.zeros((1, 1, 1, 16))
+    with pytest.raises(NotImplementedError, match="implementation='mosaic_tpu' to run on its dev"):
+        attend(cache, 0, x, x, x)
