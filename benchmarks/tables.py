@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {"bf16": "BF16", "int4": "INT4", "bdr": "BDR"}
+TPU_FOLDERS = ("tpu_v5e", "tpu_v6e", "tpu7x")
 
 
 def demo() -> str:
@@ -102,17 +103,54 @@ def write_kv() -> str:
 
 
 def tpu_static() -> str:
-    """The TPU compiler's estimate of decode attention, batch 8, context 8k."""
+    """The TPU compiler's estimate of decode attention, batch 8, context 8k, and JAX's kernels."""
+    peers = {
+        "jax_paged_attention_int8": "JAX `paged_attention`, int8",
+        "jax_ragged_paged_attention_bf16": "JAX `ragged_paged_attention`, BF16",
+    }
     rows = []
-    for folder in ("tpu_v5e", "tpu_v6e", "tpu7x"):
+    for folder in TPU_FOLDERS:
         results = load(f"{folder}/static.json")
         for row in results["rows"]:
             kind = (row["kernel"], row["batch"], row["context"])
-            if row["peer"] or row["rotate_v"] or kind != ("decode_attention", 8, 8192):
+            if row["rotate_v"] or kind != ("decode_attention", 8, 8192):
                 continue
-            figures = [f"{row[name]:,}" for name in ("bundles", "memory_cycles")]
-            rows.append([row["chip"], METHODS[row["method"]], *figures, f"{row['margin']:.2f}"])
+            figures = ["", "", ""]
+            if not row["peer"]:
+                figures = [
+                    f"{row['bundles']:,}",
+                    f"{row['memory_cycles']:,}",
+                    f"{row['margin']:.2f}",
+                ]
+            memory = [f"{row[name] / 1e6:.1f}" for name in ("vmem_bytes", "temp_bytes")]
+            name = peers[row["method"]] if row["peer"] else METHODS[row["method"]]
+            rows.append([row["chip"], name, *figures, *memory])
     head = ["chip", "cache", "instruction bundles", "memory cycles", "memory / instructions"]
+    head += ["VMEM MB", "temporary MB"]
+    return markdown(head, rows) + caption(results, "tpu7x/static.json")
+
+
+def tpu_rotation() -> str:
+    """What the rotation adds to a TPU kernel's instructions: BDR over INT4."""
+    cells: dict[tuple, dict[str, dict[str, int]]] = {}
+    for folder in TPU_FOLDERS:
+        results = load(f"{folder}/static.json")
+        for row in results["rows"]:
+            if row["peer"] or row["rotate_v"]:
+                continue
+            key = (row["kernel"], row["batch"], row["context"], row["tokens"])
+            cells.setdefault(key, {}).setdefault(folder, {})[row["method"]] = row["bundles"]
+    rows = [
+        [
+            kernel,
+            str(batch),
+            f"{context:,}" if context else "",
+            str(tokens),
+            *(f"{chips[f]['bdr'] / chips[f]['int4'] - 1:+.1%}" for f in TPU_FOLDERS),
+        ]
+        for (kernel, batch, context, tokens), chips in cells.items()
+    ]
+    head = ["kernel", "batch", "context", "new tokens", "v5e", "v6e", "tpu7x"]
     return markdown(head, rows) + caption(results, "tpu7x/static.json")
 
 
@@ -121,6 +159,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_attention": decode_attention,
     "write_kv": write_kv,
     "tpu_static": tpu_static,
+    "tpu_rotation": tpu_rotation,
     "decode_step": decode_step,
 }
 
