@@ -1,0 +1,1 @@
+"""The kernels for NVIDIA GPUs from Hopper on, in Pallas Mosaic GPU (`plgpu`)."""
