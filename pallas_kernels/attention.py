@@ -50,7 +50,7 @@ def paged_attention(
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`. Static: a constant of the model.
       sinks: one logit per query head that takes part in the softmax without a value.
       implementation: `None` picks the best for the device; `"xla"` runs anywhere, `"triton"` on
-        NVIDIA GPUs, `"mosaic_tpu"` on TPUs.
+        NVIDIA GPUs, `"mosaic_gpu"` on Hopper, `"mosaic_tpu"` on TPUs.
 
     Returns:
       The attention output in q's dtype.

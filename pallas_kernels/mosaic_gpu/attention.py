@@ -1,4 +1,4 @@
-"""`paged_attention` as one Pallas Mosaic GPU kernel, for Hopper and later.
+"""`paged_attention` as one Pallas Mosaic GPU kernel, for Hopper.
 
 A program is one warpgroup. It takes one sequence, one KV head, a block of its query rows (T * G of
 them: the G query heads of a KV head for each of T tokens) and one split of the context. Pages come
@@ -65,18 +65,21 @@ class Blocks:
       slots: blocks in shared memory at a time.
     """
 
-    block_tokens: int = 128
+    block_tokens: int = 64
     rows: int = 32
     programs: int = 528
     max_splits: int = 64
-    slots: int = 3
+    slots: int = 4
 
 
 def supported(
     q: Float[Array, "B T H D"], pages: Pages, page_table: Int[Array, "B max_pages"]
 ) -> str | None:
-    """Why this implementation cannot run, or `None`. Where it runs is not its question."""
+    """Why this implementation cannot run, or `None`."""
     group = q.shape[2] // pages.kv_heads
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if capability.split(".")[0] != "9":  # `wgmma` came with Hopper and went with it
+        return f"Expected compute {capability=} to be 9.0"
     if pages.format.layout == "paired":
         return "Expected the layout to be 'split' or 'bf16', got 'paired'"
     if pages.head_dim not in (64, 128, 256):
