@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from rich.table import Table
 
 from benchmarks.timing import copies, read_ceiling, time_chain
 from pallas_kernels import PageFormat, Pages, init_pages, page_format
-from pallas_kernels.triton.attention import paged_attention
 from saw_int4_jax.results import describe_device, write_results
 
 SHAPES = ["1x32768", "8x16384", "32x8192", "64x4096", "128x2048", "256x1024"]
@@ -64,8 +64,10 @@ def paged_chain(
     q_heads: int,
     queries: int = 1,
     blocks=None,
+    implementation: str = "triton",
 ) -> tuple:
     """What `time_chain` takes: calls of `paged_attention`, each a layer further."""
+    kernels = importlib.import_module(f"pallas_kernels.{implementation}.attention")
     batch = len(table)
     q = jax.random.normal(
         jax.random.key(1), (batch, queries, q_heads, pages.head_dim), jnp.bfloat16
@@ -75,7 +77,7 @@ def paged_chain(
     def step(i, q, data):
         pages, table, lengths, query_lengths = data
         # A decode step's queries are the last layer's attention, more or less.
-        return paged_attention(
+        return kernels.paged_attention(
             q,
             pages,
             table,
@@ -118,6 +120,9 @@ def main() -> None:
         "--ragged", action="store_true", help="half of the sequences at a tenth of the context"
     )
     arguments.add_argument("--methods", nargs="+", default=["bf16", "int4", "bdr", "cudnn"])
+    arguments.add_argument(
+        "--implementation", nargs="+", default=["triton"], choices=["triton", "mosaic_gpu"]
+    )
     arguments.add_argument("--length", type=int, default=32, help="calls in one compiled loop")
     arguments.add_argument("--runs", type=int, default=15)
     arguments.add_argument("--json", metavar="FILE")
@@ -135,7 +140,11 @@ def main() -> None:
     for shape in arguments.shapes:
         batch, context = map(int, shape.split("x"))
         lengths = [context // 10 if arguments.ragged and i % 2 else context for i in range(batch)]
-        for method in arguments.methods:
+        ours = [method for method in arguments.methods if method != "cudnn"]
+        runs = [(method, name) for method in ours for name in arguments.implementation]
+        if "cudnn" in arguments.methods:
+            runs.append(("cudnn", "cudnn"))
+        for method, implementation in runs:
             common = dict(batch=batch, context=context, kv_heads=heads["kv_heads"])
             bits = 2 * 8 if method in ("bf16", "cudnn") else 4 + 32 / head_dim
             size = sum(lengths) * heads["kv_heads"] * 2 * head_dim * bits / 8
@@ -152,7 +161,11 @@ def main() -> None:
                     format, **common, head_dim=head_dim, page_size=page_size
                 )
                 chain = paged_chain(
-                    pages, page_table, jnp.array(lengths, jnp.int32), q_heads=heads["q_heads"]
+                    pages,
+                    page_table,
+                    jnp.array(lengths, jnp.int32),
+                    q_heads=heads["q_heads"],
+                    implementation=implementation,
                 )
                 figures = time_chain(*chain, **timing)
                 del pages, chain
@@ -161,7 +174,7 @@ def main() -> None:
             rows.append(
                 {
                     "op": "decode_attention",
-                    "implementation": "cudnn" if method == "cudnn" else "triton",
+                    "implementation": implementation,
                     "method": "bf16" if method == "cudnn" else method,
                     "peer": method == "cudnn",
                     "order": order,
@@ -181,7 +194,7 @@ def main() -> None:
             table.add_row(
                 str(batch),
                 f"{context:,}",
-                method,
+                method if method == implementation else f"{method} {implementation}",
                 f"{size / 1e6:.0f}",
                 f"{figures['median_us']:.1f}",
                 f"{rate:.0f}",

@@ -50,8 +50,8 @@ def paged_attention(
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`. Static: a constant of the model.
       sinks: one logit per query head that takes part in the softmax without a value.
       implementation: `None` picks the best for the default device; `"xla"` runs anywhere,
-        `"triton"` on NVIDIA GPUs, `"mosaic_tpu"` on TPUs. Name it to compile for a device that is
-        not there.
+        `"triton"` on NVIDIA GPUs, `"mosaic_gpu"` on Hopper, `"mosaic_tpu"` on TPUs. Name it to
+        compile for a device that is not there.
 
     Returns:
       The attention output in q's dtype.

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
 
-Implementation = Literal["xla", "triton", "mosaic_tpu"]
+Implementation = Literal["xla", "triton", "mosaic_gpu", "mosaic_tpu"]
 
 # Kernels by the platform they run on, best first.
-KERNELS: dict[str, tuple[Implementation, ...]] = {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}
+KERNELS: dict[str, tuple[Implementation, ...]] = {
+    "gpu": ("triton", "mosaic_gpu"),
+    "tpu": ("mosaic_tpu",),
+}
+
+# Names, separated by commas, that are never picked unasked.
+SWITCHED_OFF = "PALLAS_KERNELS_OFF"
 
 
 def choose(
@@ -33,8 +42,16 @@ def choose(
     """
     kernels = KERNELS.get(jax.default_backend(), ())
     if implementation is None:
-        able = (k for k in kernels if _module(k, operation).supported(*operands) is None)
-        return getattr(_module(next(able, "xla"), operation), operation)
+        reasons = []
+        for kernel in kernels:
+            off = kernel in os.environ.get(SWITCHED_OFF, "").split(",")
+            reason = f"{SWITCHED_OFF} names it" if off else _reason(kernel, operation, *operands)
+            if reason is None:
+                return getattr(_module(kernel, operation), operation)
+            reasons.append(f"{kernel}: {reason}")
+        if reasons:
+            _say(f"{operation} runs by XLA. " + ". ".join(reasons))
+        return getattr(_module("xla", operation), operation)
     if implementation not in get_args(Implementation):
         names = get_args(Implementation)
         raise NotImplementedError(f"Expected {implementation=} to be one of {names}")
@@ -45,10 +62,24 @@ def choose(
             f"Expected {implementation=} to run on its device, not a {device}"
         )
     if implementation != "xla":
-        reason = _module(implementation, operation).supported(*operands)
+        reason = _reason(implementation, operation, *operands)
         if reason is not None:
             raise NotImplementedError(f"{reason} for {implementation=}")
     return getattr(_module(implementation, operation), operation)
+
+
+def _reason(kernel: Implementation, operation: str, *operands: Any) -> str | None:
+    """Why a kernel cannot run, or `None`."""
+    try:
+        return _module(kernel, operation).supported(*operands)
+    except ImportError as error:
+        return str(error)
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Once."""
+    logging.getLogger(__name__).warning(message)
 
 
 def _module(implementation: Implementation, operation: str) -> ModuleType:

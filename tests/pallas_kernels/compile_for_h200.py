@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for an H200 on a machine without a GPU, and bounds their spills.
+"""Compiles the GPU kernels for an H200 on a machine without a GPU, and bounds their spills.
 
     JAX_PLATFORMS=cpu python tests/pallas_kernels/compile_for_h200.py
 
@@ -7,6 +7,7 @@ with the ptxas of nvidia-cuda-nvcc, if that is installed. Its own process, becau
 flags once.
 """
 
+import functools
 import os
 import pathlib
 import re
@@ -17,6 +18,9 @@ import tempfile
 DUMP = tempfile.mkdtemp()
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.* --xla_gpu_dump_llvmir"
+
+os.environ["MOSAIC_GPU_DUMP_TO"] = DUMP
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -58,7 +62,7 @@ def compile_for(topology, f, *args):
     return jax.jit(f).lower(*args).compile()
 
 
-def compile_attention(topology, format, *, queries, head_dim):
+def compile_attention(topology, format, *, queries, head_dim, attention=attention):
     batch, q_heads, kv_heads, max_pages = 32, 32, 8, 16
     sizes = dict(layers=2, num_pages=512, kv_heads=kv_heads, page_size=64, head_dim=head_dim)
     pages = jax.eval_shape(lambda: init_pages(format, **sizes))
@@ -107,6 +111,9 @@ def spilled_bytes() -> int | None:
             report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             spilled += sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
         ptx.unlink()
+    for report in pathlib.Path(DUMP).glob("*.ptxas"):  # Mosaic GPU's
+        spilled += sum(map(int, re.findall(r"(\d+) bytes spill stores", report.read_text())))
+        report.unlink()
     return spilled if found else None
 
 
@@ -133,6 +140,24 @@ def main() -> None:
         "write": lambda: compile_write(topology, bdr),
         "write values rotated": lambda: compile_write(topology, PageFormat("split", 128, True)),
     }
+    if jax.__version_info__ >= (0, 11):
+        from pallas_kernels.mosaic_gpu import attention as mosaic
+
+        for layout, head_dim, queries in (
+            ("split", 64, 1),
+            ("split", 128, 1),
+            ("split", 256, 1),
+            ("split", 128, 300),
+            ("bf16", 128, 1),
+        ):
+            programs[f"mosaic {layout} {head_dim} {queries}"] = functools.partial(
+                compile_attention,
+                topology,
+                PageFormat(layout, head_dim if layout == "split" else 1),
+                queries=queries,
+                head_dim=head_dim,
+                attention=mosaic,
+            )
     failures = []
     for name, compile_it in programs.items():
         compile_it()
