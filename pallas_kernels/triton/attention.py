@@ -99,7 +99,11 @@ def paged_attention(
     if blocks is None:
         blocks = default_blocks(pages, queries * group)
     # A block of queries is a whole number of tokens, each with all heads of the group.
-    rows = max(8, 1 << (group - 1).bit_length(), min(blocks.rows, _power_of_two(queries * group)))
+    rows = max(
+        8,
+        1 << (group - 1).bit_length(),
+        min(blocks.rows, _power_of_two(queries * group)),
+    )
     block_queries = min(queries, rows // group)
     query_blocks = pl.cdiv(queries, block_queries)
     capacity = page_table.shape[1] * pages.page_size
@@ -254,18 +258,30 @@ def _attend(
     column = jnp.arange(padded(width))
     inside = column < width
 
+    # Held as [rows, width], at least the 16 rows that a matrix product takes, and turned after the
+    # rotation: a product leaves its result in the registers where the loop's want it turned.
+    tall = jnp.arange(max(16, rows))
+    tall_query = query_block * block_queries + tall // group
+    tall_head = kv_head * group + tall % group
+    tall_real = (tall < block_queries * group) & (tall_query < jnp.minimum(queries, real_queries))
+
     def load_query(piece):
-        index = q.at[batch, query[None, :], head[None, :], piece * width + column[:, None]]
-        x = plt.load(index, mask=inside[:, None] & real[None, :], other=0)
+        channel = piece * width + column
+        index = q.at[batch, tall_query[:, None], tall_head[:, None], channel[None, :]]
+        x = plt.load(index, mask=tall_real[:, None] & inside[None, :], other=0)
         return x.astype(jnp.float32)
 
-    q_pieces = [load_query(i) for i in range(pieces)]  # [width, rows]
+    def turn(x):  # [width, rows]; rows that were added are zero
+        return jnp.sum(x.reshape(-1, rows, x.shape[1]), axis=0).T if len(x) > rows else x.T
+
+    q_pieces = [load_query(i) for i in range(pieces)]
     factor = scale * LOG2_E if soft_cap is None else scale / soft_cap
     if quantized:
         largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in q_pieces))
         magnitude = _power_of_two_below(largest)
         q_pieces = [(x * (1 / magnitude)).astype(jnp.float16) for x in q_pieces]
-        q_pieces = arithmetic.rotate(q_pieces, signs, order=order, width=width, axis=0)
+        q_pieces = arithmetic.rotate(q_pieces, signs, order=order, width=width, axis=1)
+        q_pieces = [turn(x) for x in q_pieces]
         factor *= order**-0.5 * magnitude
         q_pieces = [
             (x * (1 / f)).astype(jnp.float16)
@@ -277,7 +293,7 @@ def _attend(
             jnp.add, (x * f for x, f in zip(sums, arithmetic.FACTORS, strict=True))
         )
     else:
-        q_pieces = [x.astype(jnp.bfloat16) for x in q_pieces]
+        q_pieces = [turn(x).astype(jnp.bfloat16) for x in q_pieces]
 
     # --- The loop over blocks of tokens ---------------------------------------------------------
 
