@@ -15,7 +15,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,10 +28,12 @@ from pallas_kernels.page_format import largest_order, rotate
 from saw_int4_jax import cache as paged
 from saw_int4_jax.evaluate import windows
 from saw_int4_jax.generate import Forward, generate
-from saw_int4_jax.methods import LayerSample, Method, dense, make_method
+from saw_int4_jax.methods import LayerSample, Method, default_methods, dense, make_method
 from saw_int4_jax.methods.dense import DenseCache
+from saw_int4_jax.models import Model
 from saw_int4_jax.models.llama import Llama, LlamaConfig
 from saw_int4_jax.models.tokenizer import Tokenizer
+from saw_int4_jax.rotation import scale_key_channels
 
 Row = dict[str, Any]
 
@@ -73,8 +75,8 @@ class Prepared:
         attend = dense.attend if self.method.paged is None else paged.attend
         return Llama(self.config, attend=attend).apply
 
-    def open(self, batch: int, length: int) -> paged.Cache | DenseCache:
-        """An empty cache for `length` tokens of each of `batch` sequences."""
+    def open(self, batch: int, length: int) -> Any:
+        """An empty `Cache` or `DenseCache` for `length` tokens of each of `batch` sequences."""
         if self.method.paged is None:
             room = -(-length // _GRAIN) * _GRAIN
             return dense.init_dense(self.method, self.config, self.found, batch, room)
@@ -220,10 +222,10 @@ def read_windows(
     """
     parts, size, tokens = [], 0, 0
     for file in files:
-        text = pathlib.Path(file).read_text(encoding="utf-8")
-        ids = tokenizer.encode(text)
+        content = pathlib.Path(file).read_text(encoding="utf-8")
+        ids = tokenizer.encode(content)
         ids = ids if tokenizer.bos_id is None else ids[1:]
-        size, tokens = size + len(text.encode()), tokens + len(ids)
+        size, tokens = size + len(content.encode()), tokens + len(ids)
         if len(ids) > context:
             parts.append(windows(ids, context, tokenizer.bos_id))
     if not parts:
@@ -348,6 +350,77 @@ def compare(
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         yield from pool.map(measure, made)
+
+
+def evaluate_model(
+    model: Model,
+    files: Sequence[pathlib.Path],
+    *,
+    name: str,
+    methods: Sequence[str] | None = None,
+    scales: Sequence[int] = (1,),
+    outlier_pair: int = 0,
+    context: int | None = None,
+    limit: int | None = None,
+    rows: int = 8,
+    path: str | pathlib.Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> Iterator[list[Row]]:
+    """Compares methods on a model and its re-parameterizations with outlier keys.
+
+    Args:
+      model: what to measure on.
+      files: UTF-8 text.
+      name: of the model, for the rows.
+      methods: names that `make_method` knows; `None`: all that are worth it.
+      scales: how much larger the injected outlier pair is; 1 is the model as it is.
+      outlier_pair: the RoPE pair of keys that is made larger.
+      context: tokens of a window; `None`: the model's, at most 1024.
+      limit: the most windows to score.
+      rows: windows of needles, and of greedy text.
+      path: results of an earlier run: what it measured in the same set-up is not measured again.
+      progress: called with the methods done and their total.
+      **options: as in `compare`.
+
+    Yields:
+      All rows so far, after every method.
+
+    Raises:
+      ValueError: the text is too short, a method unknown, or `path` no results file.
+    """
+    config = model.config
+    names = list(methods or default_methods(config.head_dim))
+    for method in names:
+        make_method(method, config.head_dim)
+    context = context or min(config.max_length, 1024)
+    text, calibration, bytes_per_token = read_windows(model.tokenizer, files, context, limit)
+    settings = {key: value for key, value in options.items() if key not in ("workers", "batch")}
+    setup = fingerprint(model=name, text=text, calibration=calibration, rows=rows, **settings)
+    found = load_rows(path, setup) if path else []
+    params = model.params
+    material = make_material(
+        config, params, text, calibration, rows=rows, bytes_per_token=bytes_per_token
+    )
+    count, total = 0, len(scales) * len(names)
+    for scale in scales:
+        labels = {"model": name, "setup": setup, "outlier_scale": scale}
+        params = scale_key_channels(
+            model.params, config, outlier_pair % (config.head_dim // 2), scale
+        )
+        here = [row for row in found if row["outlier_scale"] == scale]
+        done = {row["method"] for row in here if row["op"] == "accuracy"}
+        if not any(row["op"] == "key_outliers" for row in here):
+            found += [labels | row for row in key_outliers(config, params, text[:4, :-1])]
+        count += len(done & set(names))
+        missing = [method for method in names if method not in done]
+        progress(count, total)
+        for new in compare(config, params, material, missing, **options):
+            found += [labels | row for row in new]
+            count += 1
+            progress(count, total)
+            yield found
+    yield found
 
 
 class _Reference:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -138,7 +139,7 @@ def note(
 
 
 def observe(
-    config: LlamaConfig, params: dict[str, Any], tokens: Int[Array, "B T"]
+    config: LlamaConfig, params: dict[str, Any], tokens: Int[np.ndarray, "B T"]
 ) -> tuple[Float[Array, "L B T H D"], ...]:
     """Queries, keys, values and attention outputs of all layers on a batch of texts, exact."""
     return _observe(config, params, jnp.asarray(tokens))
@@ -147,6 +148,7 @@ def observe(
 def _observe_now(config, params, tokens):
     counts = jnp.full(tokens.shape[0], tokens.shape[1])
     model = Llama(config, attend=note)
+    record: Any
     _, record = model.apply({"params": params}, tokens, Record((), counts, counts))
     return tuple(jnp.stack(x).astype(jnp.float32) for x in zip(*record.layers))
 
@@ -155,7 +157,7 @@ _observe = jax.jit(_observe_now, static_argnums=0)
 
 
 def layer_samples(
-    config: LlamaConfig, params: dict[str, Any], tokens: Int[Array, "B T"]
+    config: LlamaConfig, params: dict[str, Any], tokens: Int[np.ndarray, "B T"]
 ) -> list[LayerSample]:
     """What each layer meets on calibration text."""
     q, k, v, _ = observe(config, params, tokens)

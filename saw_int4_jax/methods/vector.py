@@ -93,7 +93,7 @@ def vq(name: str, order: int) -> Method:
             pairs = x[:FITTED_TOKENS].reshape(-1, x.shape[1] * x.shape[2] // 2, 2).swapaxes(0, 1)
             keys = jax.random.split(key, len(pairs))
             # Some pairs at a time: distances of all at once would be gigabytes.
-            return lax.map(lambda a: fit(*a, ENTRIES), (keys, pairs), batch_size=16)
+            return lax.map(lambda a: fit(a[0], a[1], ENTRIES), (keys, pairs), batch_size=16)
 
         for_keys, for_values = jax.random.split(key)
         return codebooks(for_keys, rotate(sample.k, order)), codebooks(for_values, sample.v)
