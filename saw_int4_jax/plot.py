@@ -21,7 +21,7 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | pathlib.Path) ->
     left, right = figure.subplots(1, 2)
     accuracy = [row for row in rows if row["op"] == "accuracy" and row["kl"] > 0]
     names = list(dict.fromkeys(row["method"] for row in accuracy))
-    for scale in dict.fromkeys(row["outlier_scale"] for row in accuracy):
+    for scale in sorted({row["outlier_scale"] for row in accuracy}):
         here = [row for row in accuracy if row["outlier_scale"] == scale]
         label = "as trained" if scale == 1 else f"injected outliers, s = {scale}"
         places = [names.index(row["method"]) for row in here]
@@ -34,7 +34,7 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | pathlib.Path) ->
 
     outliers = [row for row in rows if row["op"] == "key_outliers"]
     orders = sorted({row["order"] for row in outliers})
-    for scale in dict.fromkeys(row["outlier_scale"] for row in outliers):
+    for scale in sorted({row["outlier_scale"] for row in outliers}):
         for order in dict.fromkeys((orders[0], orders[-1])):
             here = [r for r in outliers if (r["outlier_scale"], r["order"]) == (scale, order)]
             name = "as trained" if scale == 1 else f"s = {scale}"
@@ -46,5 +46,5 @@ def plot_comparison(rows: Sequence[dict[str, Any]], path: str | pathlib.Path) ->
         yscale="log", xlabel="layer", ylabel="keys: RMS of the largest channel / the median one"
     )
     right.grid(alpha=0.3)
-    right.legend()
+    right.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
