@@ -223,7 +223,7 @@ def quantize(
     NaN throughout. A scale below the smallest normal float32 counts as zero.
     """
     x = x.astype(jnp.float32)
-    minimum = _floor_to_bf16(x.min(-1))
+    minimum = floor_to_bf16(x.min(-1))
     spread = x.max(-1) - minimum
     # `reduce_precision` and not a cast there and back, which XLA removes under jit on GPU.
     scale = lax.reduce_precision(spread * _FIFTEENTH, exponent_bits=8, mantissa_bits=7)
@@ -263,7 +263,7 @@ def split_scales(
     return scale, minimum
 
 
-def _floor_to_bf16(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
+def floor_to_bf16(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
     """The largest bfloat16 not above a finite x, as float32."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     away_from_zero = jnp.where(x < 0, np.uint32(0xFFFF), np.uint32(0))

@@ -1,4 +1,4 @@
-"""The command line: `saw-int4 demo`, `generate`, `info`."""
+"""The command line: `saw-int4 demo`, `generate`, `evaluate`, `info`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import saw_int4_jax as saw
-from saw_int4_jax import demo
+from saw_int4_jax import comparison, demo
 from saw_int4_jax.cache import CacheSpec
 from saw_int4_jax.generate import FINISH_REASONS
 from saw_int4_jax.models import Model, load_model
@@ -92,6 +92,31 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=run_generate)
 
+    command = commands.add_parser(
+        "evaluate", help="what ways of storing keys and values cost in quality, on your model"
+    )
+    command.add_argument("--model", metavar="PATH", help="as for generate; default: the bundled")
+    command.add_argument("--text", nargs="+", metavar="FILE", help="default: bundled held-out text")
+    command.add_argument("--methods", metavar="NAMES", help="with commas; default: all")
+    command.add_argument("--json", metavar="FILE", help="write rows here, and go on from them")
+    command.add_argument("--plot", metavar="FILE", help="draw the results; needs matplotlib")
+    command.add_argument("--context", type=int, metavar="N", help="tokens of a window")
+    command.add_argument("--windows", type=int, metavar="N", help="the most windows to score")
+    command.add_argument("--rows", type=int, default=8, help="windows of needles, of greedy text")
+    command.add_argument("--batch", type=int, default=8, metavar="N", help="windows at a time")
+    command.add_argument("--seeds", type=int, default=3, help="of methods with randomness")
+    command.add_argument("--decode-tokens", type=int, default=64, metavar="N")
+    command.add_argument("--workers", type=int, default=1, help="methods at a time")
+    command.add_argument(
+        "--outlier-scale",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="S",
+        help="inject an outlier pair this much larger into the keys, exactly; 1: none",
+    )
+    command.set_defaults(run=run_evaluate)
+
     command = commands.add_parser("info", help="versions, devices, and what a model's cache takes")
     command.add_argument(
         "--model", metavar="PATH", help="as for generate; default: the bundled one"
@@ -119,6 +144,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
     prompt = read_prompt(arguments)
     if not prompt:
         raise ValueError("Expected a prompt: --prompt TEXT or --prompt-file FILE (- is stdin)")
+    if arguments.rotate_v and arguments.method != "bdr":
+        method = arguments.method
+        raise ValueError(f"Expected {method=} to be 'bdr' with --rotate-v: it rotates nothing")
     options = dict(demo.METHOD_OPTIONS[arguments.method], page_size=arguments.page_size)
     if arguments.order is not None:
         options["order"] = arguments.order
@@ -131,6 +159,37 @@ def run_generate(arguments: argparse.Namespace) -> None:
     row = continue_prompt(model, spec, prompt, arguments, pool_tokens=arguments.pool_tokens)
     if arguments.json:
         write_results(arguments.json, [row])
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    with progress_bar("loading"):
+        model = load_model(arguments.model or demo.REFERENCE_MODEL)
+    found: list[dict[str, Any]] = []
+    with progress_bar("comparing") as report, jax.default_matmul_precision("highest"):
+        for found in comparison.evaluate_model(
+            model,
+            [pathlib.Path(file) for file in arguments.text or sorted(demo.HELDOUT.glob("*.txt"))],
+            name=pathlib.Path(arguments.model or demo.REFERENCE_MODEL).stem,
+            methods=arguments.methods.split(",") if arguments.methods else None,
+            scales=arguments.outlier_scale,
+            outlier_pair=demo.OUTLIER_PAIR,
+            context=arguments.context,
+            limit=arguments.windows,
+            rows=arguments.rows,
+            path=arguments.json,
+            progress=report,
+            batch=arguments.batch,
+            seeds=arguments.seeds,
+            decode_tokens=arguments.decode_tokens,
+            workers=arguments.workers,
+        ):
+            if arguments.json:
+                write_results(arguments.json, found)
+    Console().print(comparison_table(found))
+    if arguments.plot:
+        from saw_int4_jax.plot import plot_comparison
+
+        plot_comparison(found, arguments.plot)
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -256,6 +315,30 @@ def demo_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['cache_bytes_per_token']:,}",
             f"{row['tokens_per_s']:.0f}",
             end_section=row["method"] == "bdr",
+        )
+    return table
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of `evaluate` for a terminal."""
+    table = Table(title="Teacher-forced through the cache, compared with BF16")
+    names = "outliers", "method", "bits", "bits/byte", "KL", "p99", "top-1", "recall", "diverges at"
+    for name in names:
+        table.add_column(name, justify="left" if name in ("outliers", "method") else "right")
+    for row in rows:
+        if row["op"] != "accuracy":
+            continue
+        scale = row["outlier_scale"]
+        table.add_row(
+            "" if scale == 1 else f"injected, x{scale}",
+            row["method"],
+            f"{row['bits_per_value']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['kl']:.5f}",
+            f"{row['kl_p99']:.4f}",
+            f"{row['top1']:.1%}",
+            f"{row['recall']:.1%}",
+            f"{row['diverged_at']:.0f}",
         )
     return table
 

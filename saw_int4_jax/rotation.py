@@ -1,6 +1,6 @@
 """Exact re-parameterizations of a model: other keys and values in the cache, the same logits.
 
-Both return new parameters and leave the given ones alone.
+All return new parameters and leave the given ones alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def fold_values(params: Params, config: LlamaConfig, order: int) -> Params:
         heads = x.reshape(*x.shape[:-1], -1, config.head_dim)
         return rotate(heads, order).reshape(x.shape).astype(x.dtype)
 
-    def fold(attention: Params) -> Params:
+    def fold(attention: Params, layer: int) -> Params:
+        del layer
         v_proj = {name: rotate_heads(leaf) for name, leaf in attention["v_proj"].items()}
         o_kernel = rotate_heads(attention["o_proj"]["kernel"].T).T
         return {
@@ -71,33 +72,90 @@ def scale_key_channels(params: Params, config: LlamaConfig, pair: int, scale: fl
         raise ValueError(f"Expected {pair=} to be within 0 .. {half - 1}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"Expected {scale=} to be positive and finite")
-    factor = jnp.ones(config.head_dim).at[jnp.array([pair, pair + half])].set(scale)
+    shape = config.num_layers, config.num_kv_heads, half
+    return scale_keys(params, config, jnp.ones(shape).at[..., pair].set(scale))
 
-    def multiply(module: Params, factor: Float[Array, "D"]) -> Params:
-        def product(x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
-            heads = x.reshape(*x.shape[:-1], -1, config.head_dim)
-            return (heads * factor).reshape(x.shape).astype(x.dtype)
 
-        return {name: product(leaf) for name, leaf in module.items()}
+def scale_keys(params: Params, config: LlamaConfig, factors: Float[Array, "L K D/2"]) -> Params:
+    """Multiplies channels of keys by factors and divides the queries' by them.
 
+    The two channels of a RoPE pair share their factor, or RoPE would not commute with it.
+
+    Args:
+      params: of `Llama(config)`.
+      config: the model's.
+      factors: for each layer, KV head and RoPE pair, not zero. For a model with QK norm, whose
+        gains all heads share, alike for all heads.
+
+    Raises:
+      ValueError: `factors` has another shape.
+    """
+    expected = config.num_layers, config.num_kv_heads, config.head_dim // 2
+    if factors.shape != expected:
+        raise ValueError(f"Expected {factors.shape=} to be [L, K, D / 2] = {expected}")
     # Normalization of q and k would undo a factor before it, so the factor goes into its gains.
     q, k = ("q_norm", "k_norm") if config.qk_norm else ("q_proj", "k_proj")
 
-    def scaled(attention: Params) -> Params:
+    def scaled(attention: Params, layer: int) -> Params:
+        factor = jnp.tile(factors[layer], 2)  # [K, D]
+        if config.qk_norm:
+            on_queries = on_keys = factor[:1]
+        else:
+            on_keys = factor
+            on_queries = jnp.repeat(factor, config.num_heads // config.num_kv_heads, axis=0)
         return {
             **attention,
-            q: multiply(attention[q], 1 / factor),
-            k: multiply(attention[k], factor),
+            q: _multiply(attention[q], 1 / on_queries),
+            k: _multiply(attention[k], on_keys),
         }
 
     return _map_attention(params, scaled)
 
 
-def _map_attention(params: Params, function: Callable[[Params], Params]) -> Params:
-    """Applies a function to the attention parameters of every layer."""
+def scale_values(params: Params, config: LlamaConfig, factors: Float[Array, "L K D"]) -> Params:
+    """Multiplies channels of values by factors and divides the output projection's rows by them.
+
+    Args:
+      params: of `Llama(config)`.
+      config: the model's.
+      factors: for each layer, KV head and channel, not zero.
+
+    Raises:
+      ValueError: `factors` has another shape.
+    """
+    expected = config.num_layers, config.num_kv_heads, config.head_dim
+    if factors.shape != expected:
+        raise ValueError(f"Expected {factors.shape=} to be [L, K, D] = {expected}")
+
+    def scaled(attention: Params, layer: int) -> Params:
+        on_outputs = jnp.repeat(factors[layer], config.num_heads // config.num_kv_heads, axis=0)
+        kernel = attention["o_proj"]["kernel"]
+        kernel = (kernel / on_outputs.reshape(-1, 1)).astype(kernel.dtype)
+        return {
+            **attention,
+            "v_proj": _multiply(attention["v_proj"], factors[layer]),
+            "o_proj": {**attention["o_proj"], "kernel": kernel},
+        }
+
+    return _map_attention(params, scaled)
+
+
+def _multiply(module: Params, factor: Float[Array, "heads D"]) -> Params:
+    """Multiplies what a projection or a normalization puts out by head and channel."""
+
+    def product(x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
+        heads = x.reshape(*x.shape[:-1], *factor.shape)
+        return (heads * factor).reshape(x.shape).astype(x.dtype)
+
+    return {name: product(leaf) for name, leaf in module.items()}
+
+
+def _map_attention(params: Params, function: Callable[[Params, int], Params]) -> Params:
+    """Applies a function to the attention parameters of every layer, which it is told."""
+    prefix = "layers_"
     return {
-        name: {**module, "self_attn": function(module["self_attn"])}
-        if name.startswith("layers_")
+        name: {**module, "self_attn": function(module["self_attn"], int(name[len(prefix) :]))}
+        if name.startswith(prefix)
         else module
         for name, module in params.items()
     }

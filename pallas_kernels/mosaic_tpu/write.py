@@ -347,7 +347,7 @@ def _bfloat16_bits(x: Array) -> Array:
 
 def _quantize(x: Array) -> tuple[Array, Array]:
     """`page_format.quantize` of rows, with words as columns [n, 1]: codes are int32."""
-    minimum = page_format._floor_to_bf16(x.min(-1, keepdims=True))
+    minimum = page_format.floor_to_bf16(x.min(-1, keepdims=True))
     spread = x.max(-1, keepdims=True) - minimum
     scale = lax.bitcast_convert_type(
         _bfloat16_bits(spread * np.float32(1 / 15)) << np.uint32(16), jnp.float32

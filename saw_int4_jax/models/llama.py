@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saw_int4_jax.cache import Cache, CacheSpec, last_token
+from saw_int4_jax.cache import Cache, CacheSpec, attend, last_token
+from saw_int4_jax.nn.attention import Attend
 from saw_int4_jax.nn.linen import PagedAttention
 from saw_int4_jax.rope import Rope
 
@@ -96,6 +97,7 @@ class DecoderLayer(nn.Module):
     config: LlamaConfig
     layer: int
     dtype: jnp.dtype | None = None
+    attend: Attend = attend
 
     @nn.compact
     def __call__(
@@ -118,6 +120,7 @@ class DecoderLayer(nn.Module):
             norm_eps=c.norm_eps,
             window=c.window if self.layer >= c.full_layers else None,
             dtype=self.dtype,
+            attend=self.attend,
             name="self_attn",
         )
         out, cache = attention(norm("input_layernorm")(x), cache)
@@ -134,11 +137,14 @@ class Llama(nn.Module):
       dtype: of the computation; `None`: the parameters'.
       last_only: return the logits of each sequence's newest token alone, which is all that
         generation needs of a prompt.
+      attend: what writes to the cache and attends; another takes another kind of cache, as those
+        of `saw_int4_jax.methods`.
     """
 
     config: LlamaConfig
     dtype: jnp.dtype | None = None
     last_only: bool = False
+    attend: Attend = attend
 
     @nn.compact
     def __call__(
@@ -154,7 +160,8 @@ class Llama(nn.Module):
         embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype, name="embed_tokens")
         x = embed(tokens)
         for layer in range(c.num_layers):
-            x, cache = DecoderLayer(c, layer, self.dtype, name=f"layers_{layer}")(x, cache)
+            block = DecoderLayer(c, layer, self.dtype, self.attend, name=f"layers_{layer}")
+            x, cache = block(x, cache)
         if self.last_only:
             x = last_token(x, cache)
         x = nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name="norm")(x)

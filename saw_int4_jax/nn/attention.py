@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from saw_int4_jax.cache import Cache, attend, positions
 from saw_int4_jax.rope import Rope
+
+# (cache, layer, q, k, v, window=…) -> (out, cache)
+Attend = Callable[..., tuple[Array, Any]]
 
 
 def rope_attention(
@@ -19,6 +25,7 @@ def rope_attention(
     layer: int | Int[Array, ""],
     rope: Rope,
     window: int | None = None,
+    attend: Attend = attend,
 ) -> tuple[Float[Array, "B T H*D"], Cache | None]:
     """RoPE, then causal attention: over the cache, or over k and v alone where there is none.
 
@@ -30,6 +37,7 @@ def rope_attention(
       layer: which of the cache's layers to write and read.
       rope: position embedding.
       window: sliding window in tokens; `None`: all.
+      attend: what writes to the cache and attends; another takes another kind of cache.
 
     Returns:
       The heads' outputs side by side, and the cache with the tokens written.

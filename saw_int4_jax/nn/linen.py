@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from saw_int4_jax.cache import Cache
-from saw_int4_jax.nn.attention import rope_attention
+from saw_int4_jax.cache import Cache, attend
+from saw_int4_jax.nn.attention import Attend, rope_attention
 from saw_int4_jax.rope import Rope
 
 
@@ -29,6 +29,7 @@ class PagedAttention(nn.Module):
       norm_eps: of that normalization.
       window: sliding window in tokens; `None`: all.
       dtype: of the computation; `None`: that of inputs and parameters.
+      attend: what writes to the cache and attends; another takes another kind of cache.
     """
 
     num_heads: int
@@ -42,6 +43,7 @@ class PagedAttention(nn.Module):
     norm_eps: float = 1e-6
     window: int | None = None
     dtype: jnp.dtype | None = None
+    attend: Attend = attend
 
     @nn.compact
     def __call__(
@@ -61,7 +63,14 @@ class PagedAttention(nn.Module):
             q = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="k_norm")(k)
         out, cache = rope_attention(
-            q, k, v, cache, layer=self.layer, rope=self.rope, window=self.window
+            q,
+            k,
+            v,
+            cache,
+            layer=self.layer,
+            rope=self.rope,
+            window=self.window,
+            attend=self.attend,
         )
         o_proj = nn.Dense(x.shape[-1], use_bias=self.o_bias, dtype=self.dtype, name="o_proj")
         return o_proj(out), cache

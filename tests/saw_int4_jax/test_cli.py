@@ -80,6 +80,7 @@ BAD_INPUT = {
     "order no power of two": (["--order", "12"], "order=12"),
     "order does not divide": (["--order", "32"], "order=32"),
     "rotated bf16": (["--method", "bf16", "--order", "4"], "no rotation"),
+    "nothing to rotate": (["--method", "int4", "--rotate-v"], "method='int4'"),
     "page size": (["--page-size", "0"], "page_size=0"),
     "pool too small": (["--page-size", "4", "--pool-tokens", "4"], "a prompt of 6 tokens to fit"),
     "no new tokens": (["--max-new-tokens", "0"], "max_new_tokens=0"),
