@@ -1,7 +1,7 @@
-"""Writes the README's tables from the committed results files.
+"""Writes the tables of README.md and docs/ from the committed results files.
 
-    python benchmarks/tables.py           # rewrite README.md
-    python benchmarks/tables.py --check   # exit 1 if it would change
+    python benchmarks/tables.py           # rewrite the pages
+    python benchmarks/tables.py --check   # exit 1 if one would change, and name it
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
 """
@@ -21,6 +21,29 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {"bf16": "BF16", "int4": "INT4", "bdr": "BDR"}
 TPU_FOLDERS = ("tpu_v5e", "tpu_v6e", "tpu7x")
+
+
+def summary() -> str:
+    """What a stranger wants to know: size, quality and time of the three caches."""
+    rows = [["bits a value (head dimension 128)", "16", "4.25", "4.25"]]
+    scores = {(r["outlier_scale"], r["method"]): r for r in load("cpu/demo.json")["rows"]}
+    for scale, keys in ((1, "as trained"), (16, "one key channel pair 16 times larger")):
+        kl = [scores[scale, method]["kl"] for method in METHODS]
+        rows.append([f"KL to BF16, bundled 6 M model, {keys}", *(f"{x:.4f}" for x in kl)])
+    files = ["cpu/demo.json", "h200/decode_attention.json", "h200/write_kv.json"]
+    attention, writing = (load(name)["rows"] for name in files[1:])
+    time = {r["method"]: r for r in attention if not r["peer"] and r["batch"] == 32}
+    rows.append(
+        ["decode attention, H200, 32 sequences of 8k tokens, µs"]
+        + [f"{time[method]['median_us']:.0f}" for method in METHODS]
+    )
+    time = {r["method"]: r for r in writing if not r["rotate_v"] and r["tokens"] == 2048}
+    rows.append(
+        ["writing 2048 tokens to one layer, H200, µs"]
+        + [f"{time[method]['median_us']:.1f}" for method in METHODS]
+    )
+    raw = ", ".join(f"[{name}](benchmarks/results/{name})" for name in files)
+    return markdown(["", *METHODS.values()], rows) + f"\nFrom {raw}.\n"
 
 
 def demo() -> str:
@@ -360,6 +383,7 @@ def accuracy_words() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "demo": demo,
     "decode_attention": decode_attention,
     "write_kv": write_kv,
@@ -392,25 +416,33 @@ def caption(results: dict, name: str) -> str:
     )
 
 
-def render(text: str) -> str:
-    """README text with every table made anew."""
+def pages() -> list[pathlib.Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(page: pathlib.Path) -> str:
+    """A page's text with every table made anew."""
+    up = "../" * len(page.relative_to(ROOT).parents[:-1])
 
     def table(match: re.Match) -> str:
-        return f"{match[1]}\n{TABLES[match[2]]()}{match[3]}"
+        text = TABLES[match[2]]().replace("](benchmarks/", f"]({up}benchmarks/")
+        return f"{match[1]}\n{text}{match[3]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
+    marked = r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)"
+    return re.sub(marked, table, page.read_text(), flags=re.DOTALL)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     check = arguments.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if check:
-        sys.exit(0 if new == old else "README.md is stale: run python benchmarks/tables.py")
-    readme.write_text(new)
+    stale = {page: text for page in pages() if (text := render(page)) != page.read_text()}
+    if check and stale:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"Stale: {names}. Run python benchmarks/tables.py")
+    for page, text in stale.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
