@@ -72,8 +72,3 @@ def test_extras_named_exist():
 
 def test_the_changelog_tells_of_this_version():
     assert f"\n## {saw_int4_jax.__version__} " in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_the_citation_names_this_version():
-    citation = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {saw_int4_jax.__version__}\n" in citation
