@@ -1,10 +1,26 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: -all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Quickstart
 #
-# A language model decodes from a KV cache in four bits: SAW-INT4
-# ([arXiv 2604.19157](https://arxiv.org/abs/2604.19157)) for JAX. This notebook generates text from
-# such a cache, then puts size and quality of three caches side by side. It needs a minute or two on
-# a laptop, uses a GPU or TPU where there is one, and downloads no model.
+# A language model decodes from a KV cache in four bits: SAW-INT4 ([arXiv
+# 2604.19157](https://arxiv.org/abs/2604.19157)) for JAX. This notebook generates text from such a
+# cache, then puts size and quality of three caches side by side. It needs a minute or two on a
+# laptop, uses a GPU or TPU where there is one, and downloads no model.
 
 # %%
 # Installs the library where it is missing: from the clone that this notebook lies in, or from
@@ -67,9 +83,9 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.d
 # %% [markdown]
 # ## Text from an INT4 cache
 #
-# The bundled model is a byte-level Llama of 6 million parameters: it writes the look of Python, and no
-# sense. `cache_spec` describes a cache for it: by default *BDR*, keys rotated by a Hadamard matrix,
-# then 4 bits for every number and 32 for every vector.
+# The bundled model is a byte-level Llama of 6 million parameters: it writes the look of Python,
+# and no sense. `cache_spec` describes a cache for it: by default *BDR*, keys rotated by a Hadamard
+# matrix, then 4 bits for every number and 32 for every vector.
 
 # %%
 from saw_int4_jax.demo import HELDOUT, METHOD_OPTIONS, OUTLIER_PAIR, REFERENCE_MODEL
@@ -84,10 +100,16 @@ PROMPT = "def read_lines(path):\n"
 tokens = model.tokenizer.encode(PROMPT)
 forward = Llama(model.config, last_only=True).apply  # (variables, tokens, cache) -> (logits, cache)
 
+count = 32 if QUICK else 160
 text = model.tokenizer.stream(tokens)
 print(PROMPT, end="")
 for new, _ in saw.stream(
-    forward, model.variables, [tokens], saw.init_cache(spec, batch=1), max_new_tokens=160, every=16
+    forward,
+    model.variables,
+    [tokens],
+    saw.init_cache(spec, batch=1),
+    max_new_tokens=count,
+    every=16,
 ):
     print(text.push(new[0][new[0] >= 0].tolist()), end="", flush=True)
 print(text.flush())
@@ -104,7 +126,7 @@ print(text.flush())
 continuations = {}
 for method, options in METHOD_OPTIONS.items():
     cache = saw.init_cache(model.config.cache_spec(num_pages=4, **options), batch=1)
-    result = saw.generate(forward, model.variables, [tokens], cache, max_new_tokens=120)
+    result = saw.generate(forward, model.variables, [tokens], cache, max_new_tokens=count)
     continuations[method] = result.tokens[0]
 
 for method, ids in continuations.items():
@@ -114,13 +136,13 @@ for method, ids in continuations.items():
     print(model.tokenizer.decode(ids))
 
 # %% [markdown]
-# Greedy text leaves the BF16 cache's at the first near tie and never comes back; it says little about
-# quality. Better: give the model held-out text, every token through the cache, and compare the
-# distribution of the next token with the BF16 cache's (KL divergence).
+# Greedy text leaves the BF16 cache's at the first near tie and never comes back; it says little
+# about quality. Better: give the model held-out text, every token through the cache, and compare
+# the distribution of the next token with the BF16 cache's (KL divergence).
 #
-# Large models have *outlier channels* in their keys, this small one hardly. So the same is measured
-# for an exact re-parameterization of it: one channel pair of every key 16 times larger, the query's 16
-# times smaller. The float function is unchanged.
+# Large models have *outlier channels* in their keys, this small one hardly. So the same is
+# measured for an exact re-parameterization of it: one channel pair of every key 16 times larger,
+# the query's 16 times smaller. The float function is unchanged.
 
 # %%
 from saw_int4_jax.evaluate import evaluate, windows
@@ -145,8 +167,8 @@ for scale in (1, 16):
 # %% [markdown]
 # ## Side by side
 #
-# Size, for models that need it: how many tokens fit into 10 GB beside the weights. Quality, as measured
-# above.
+# Size, for models that need it: how many tokens fit into 10 GB beside the weights. Quality, as
+# measured above.
 
 # %%
 from saw_int4_jax.models import CONFIGS

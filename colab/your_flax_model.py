@@ -1,10 +1,26 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: -all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Your Flax model
 #
-# You have a Flax model with an attention call in it. This notebook takes a small one in Linen and the
-# same in NNX, swaps that call, and checks three things: an unquantized paged cache gives the same
-# predictions; a quantized one gives nearly the same; and what the cache weighs. It trains the Linen
-# model for a minute on a text that comes with the package, and downloads nothing.
+# You have a Flax model with an attention call in it. This notebook takes a small one in Linen and
+# the same in NNX, swaps that call, and checks three things: an unquantized paged cache gives the
+# same predictions; a quantized one gives nearly the same; and what the cache weighs. It trains the
+# Linen model for a minute on a text that comes with the package, and downloads nothing.
 
 # %%
 # Installs the library where it is missing: from the clone that this notebook lies in, or from
@@ -67,8 +83,8 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.d
 # %% [markdown]
 # ## A Linen model as it was
 #
-# Two layers, grouped-query attention, RoPE. It sees the whole text at once: to generate, it would have
-# to compute all of it again for every token.
+# Two layers, grouped-query attention, RoPE. It sees the whole text at once: to generate, it would
+# have to compute all of it again for every token.
 
 # %%
 import flax.linen as nn
@@ -131,8 +147,8 @@ for i in range(STEPS):
 # %% [markdown]
 # ## Swapped
 #
-# Three lines differ, and that a cache goes in and out: positions come from the cache, the attention
-# call is `attend`. The parameters are the same, name by name.
+# Three lines differ, and that a cache goes in and out: positions come from the cache, the
+# attention call is `attend`. The parameters are the same, name by name.
 
 
 # %%
@@ -153,8 +169,8 @@ class After(nn.Module):
 
 
 # %% [markdown]
-# Large models have *outlier channels* in their keys. This one gets a pair by hand: key channels times
-# 12, the queries' divided by as much, which leaves the model's function as it was.
+# Large models have *outlier channels* in their keys. This one gets a pair by hand: key channels
+# times 12, the queries' divided by as much, which leaves the model's function as it was.
 
 
 # %%
@@ -174,9 +190,9 @@ expected = jax.nn.log_softmax(Before().apply(variables, unseen))
 # %% [markdown]
 # ## Check 1: equality, whole text and token by token
 #
-# `extend` makes room for a step's tokens; `generate` calls it, outside of it that is our part. First
-# the whole text in one step, then one token at a time, as in decoding. What is compared is the
-# distribution of the next byte, with that of the model as it was: KL divergence, in nats.
+# `extend` makes room for a step's tokens; `generate` calls it, outside of it that is our part.
+# First the whole text in one step, then one token at a time, as in decoding. What is compared is
+# the distribution of the next byte, with that of the model as it was: KL divergence, in nats.
 
 # %%
 ROWS = len(unseen)
@@ -192,7 +208,7 @@ SPECS = {
 @jax.jit
 def one_step(variables, tokens, cache):
     counts = jnp.full(cache.batch, tokens.shape[1])
-    cache, ok = saw.extend(cache, counts, max_count=tokens.shape[1])
+    cache, _ = saw.extend(cache, counts, max_count=tokens.shape[1])
     return After().apply(variables, tokens, cache)
 
 
@@ -240,9 +256,9 @@ for method, spec in SPECS.items():
 # %% [markdown]
 # ## The same in NNX
 #
-# `saw_int4_jax.nn.nnx.PagedAttention` is an attention layer with projections and RoPE; without a cache
-# it is plain causal attention, so that one module trains and serves. The state goes in beside the
-# tokens; any function `(variables, tokens, cache) -> (logits, cache)` will do.
+# `saw_int4_jax.nn.nnx.PagedAttention` is an attention layer with projections and RoPE; without a
+# cache it is plain causal attention, so that one module trains and serves. The state goes in
+# beside the tokens; any function `(variables, tokens, cache) -> (logits, cache)` will do.
 
 # %%
 from flax import nnx
@@ -290,8 +306,8 @@ print(f"and from a BDR cache it generates {result.tokens[0]}")
 # %% [markdown]
 # ## What it weighs
 #
-# Pages are taken as a sequence grows, so the cache holds what is used, rounded up to a page. A dense
-# cache is as large as the longest sequence may become.
+# Pages are taken as a sequence grows, so the cache holds what is used, rounded up to a page. A
+# dense cache is as large as the longest sequence may become.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
