@@ -21,11 +21,23 @@ def blocks(page: pathlib.Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
-def test_python_examples_run_in_order(page):
+def run(page: pathlib.Path) -> None:
     namespace: dict = {}
     for example in blocks(page, "python"):
         exec(compile(example, str(page), "exec"), namespace)
+
+
+def test_the_readmes_examples_run_in_order():
+    assert len(blocks(README, "python")) >= 4
+    run(README)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES[1:] if blocks(p, "python")], ids=lambda page: page.stem
+)
+def test_the_pages_examples_run_in_order(page):
+    run(page)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "pycon")], ids=lambda p: p.stem)
@@ -36,10 +48,6 @@ def test_sessions_print_what_they_show(page):
     doctest.DocTestRunner().run(test, out=said.append)
     assert test.examples
     assert said == []
-
-
-def test_there_are_examples_in_the_readme():
-    assert len(blocks(README, "python")) >= 4
 
 
 def test_tables_are_those_of_the_results_files():
