@@ -148,7 +148,9 @@ def prefill_attention(
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(out_shape),
         compiler_params=plt.CompilerParams(
-            num_warps=blocks.num_warps, num_stages=blocks.num_stages
+            # A warp has 16 rows of the matrix unit, or several times as many.
+            num_warps=min(blocks.num_warps, max(1, rows // 16)),
+            num_stages=blocks.num_stages,
         ),
         interpret=interpret,
         name="prefill_attention",
