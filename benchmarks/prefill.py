@@ -24,6 +24,7 @@ from pallas_kernels.triton import prefill
 from saw_int4_jax.results import describe_device, write_results
 
 PEERS = ("cudnn", "unmasked")
+SHAPES = [f"{chunk}x{history}" for chunk in (256, 512, 2048) for history in (0, 4096, 16384)]
 
 
 def cudnn_chain(
@@ -50,8 +51,7 @@ def cudnn_chain(
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--chunks", type=int, nargs="+", default=[256, 512, 2048])
-    arguments.add_argument("--history", type=int, nargs="+", default=[0, 4096, 16384])
+    arguments.add_argument("--shapes", nargs="+", default=SHAPES, metavar="CHUNKxHISTORY")
     arguments.add_argument("--q-heads", type=int, default=32)
     arguments.add_argument("--kv-heads", type=int, default=8)
     arguments.add_argument("--head-dim", type=int, default=128)
@@ -74,64 +74,64 @@ def main() -> None:
     rows = []
     table = Table("chunk", "history", "method", "µs", "TFLOP/s", "over cuDNN")
     table.title = f"prefill, {describe_device()}"
-    for chunk in arguments.chunks:
-        for history in arguments.history:
-            context = history + chunk
-            pairs = chunk * (history + (chunk + 1) / 2)
-            flops = 4 * pairs * arguments.q_heads * arguments.head_dim
-            peer = None
-            for method in arguments.methods:
-                if method in PEERS:
-                    chain = cudnn_chain(
-                        chunk=chunk,
-                        context=context,
-                        q_heads=arguments.q_heads,
-                        masked=method == "cudnn",
-                        **heads,
-                    )
-                else:
-                    pages, page_table = random_pages(
-                        formats(arguments.head_dim)[method],
-                        batch=1,
-                        context=context,
-                        page_size=arguments.page_size,
-                        **heads,
-                    )
-                    chain = paged_chain(
-                        pages,
-                        page_table,
-                        jnp.array([context], jnp.int32),
-                        q_heads=arguments.q_heads,
-                        queries=chunk,
-                        blocks=blocks,
-                    )
-                figures = time_chain(*chain, length=8, runs=arguments.runs)
-                peer = figures["median_us"] if method == "cudnn" else peer
-                rows.append(
-                    {
-                        "op": "prefill",
-                        "implementation": method if method in PEERS else "triton",
-                        "method": "bf16" if method in PEERS else method,
-                        "peer": method in PEERS,
-                        "batch": 1,
-                        "tokens": chunk,
-                        "context": context,
-                        "q_heads": arguments.q_heads,
-                        **heads,
-                        "page_size": arguments.page_size,
-                        **(dataclasses.asdict(blocks) if blocks else {}),
-                        **figures,
-                        "tflop_per_s": flops / figures["median_us"] / 1e6,
-                    }
+    for shape in arguments.shapes:
+        chunk, history = map(int, shape.split("x"))
+        context = history + chunk
+        pairs = chunk * (history + (chunk + 1) / 2)
+        flops = 4 * pairs * arguments.q_heads * arguments.head_dim
+        peer = None
+        for method in arguments.methods:
+            if method in PEERS:
+                chain = cudnn_chain(
+                    chunk=chunk,
+                    context=context,
+                    q_heads=arguments.q_heads,
+                    masked=method == "cudnn",
+                    **heads,
                 )
-                table.add_row(
-                    f"{chunk:,}",
-                    f"{history:,}",
-                    method,
-                    f"{figures['median_us']:.0f}",
-                    f"{flops / figures['median_us'] / 1e6:.0f}",
-                    f"{figures['median_us'] / peer:.2f}" if peer else "",
+            else:
+                pages, page_table = random_pages(
+                    formats(arguments.head_dim)[method],
+                    batch=1,
+                    context=context,
+                    page_size=arguments.page_size,
+                    **heads,
                 )
+                chain = paged_chain(
+                    pages,
+                    page_table,
+                    jnp.array([context], jnp.int32),
+                    q_heads=arguments.q_heads,
+                    queries=chunk,
+                    blocks=blocks,
+                )
+            figures = time_chain(*chain, length=8, runs=arguments.runs)
+            peer = figures["median_us"] if method == "cudnn" else peer
+            rows.append(
+                {
+                    "op": "prefill",
+                    "implementation": method if method in PEERS else "triton",
+                    "method": "bf16" if method in PEERS else method,
+                    "peer": method in PEERS,
+                    "batch": 1,
+                    "tokens": chunk,
+                    "context": context,
+                    "q_heads": arguments.q_heads,
+                    **heads,
+                    "page_size": arguments.page_size,
+                    **(dataclasses.asdict(blocks) if blocks else {}),
+                    **figures,
+                    "tflop_per_s": flops / figures["median_us"] / 1e6,
+                }
+            )
+            table.add_row(
+                f"{chunk:,}",
+                f"{history:,}",
+                method,
+                f"{figures['median_us']:.0f}",
+                f"{flops / figures['median_us'] / 1e6:.0f}",
+                f"{figures['median_us'] / peer:.2f}" if peer else "",
+            )
     Console().print(table)
     if arguments.json:
         write_results(arguments.json, rows)
@@ -150,6 +150,7 @@ def plot(rows: list[dict], path: str | pathlib.Path) -> None:
         here = [row for row in rows if row["tokens"] == chunk]
         for name in dict.fromkeys((row["implementation"], row["method"]) for row in here):
             line = [row for row in here if (row["implementation"], row["method"]) == name]
+            line.sort(key=lambda row: row["context"])
             axes.plot(
                 [row["context"] - chunk for row in line],
                 [row["median_us"] / 1e3 for row in line],
