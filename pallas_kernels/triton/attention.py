@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tuning
 from pallas_kernels.page_format import Pages
-from pallas_kernels.triton import arithmetic
-from pallas_kernels.triton.arithmetic import OFFSET, exp2, multiply_add, padded
-
-# Finite, so that a row with nothing visible yet has exp2(0) to multiply, not exp2(nan).
-MASKED = -1e30
-LOG2_E = math.log2(math.e)
+from pallas_kernels.triton import arithmetic, prefill
+from pallas_kernels.triton.arithmetic import LOG2_E, MASKED, OFFSET, exp2, multiply_add, padded
+from pallas_kernels.triton.join import join_splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +82,35 @@ def paged_attention(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "H"] | None,
-    blocks: Blocks | None = None,
+    blocks: Blocks | prefill.Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `pallas_kernels.paged_attention`. Beyond its arguments:
 
-    `blocks` says how to cut the work; `None` is the device's default for this shape.
+    `blocks` says how to cut the work, and which kernel does it: this file's or `prefill`'s; `None`
+    is the device's default for this shape.
     `interpret` runs it as plain `jnp` on any device.
     """
     batch, queries, heads, head_dim = q.shape
     group = heads // pages.kv_heads
     if blocks is None:
         blocks = default_blocks(pages, queries * group)
+    if isinstance(blocks, prefill.Blocks):
+        return prefill.prefill_attention(
+            q,
+            pages,
+            page_table,
+            lengths,
+            layer=layer,
+            query_lengths=query_lengths,
+            causal=causal,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            blocks=blocks,
+            interpret=interpret,
+        )
     # A block of queries is a whole number of tokens, each with all heads of the group.
     rows = max(
         8,
@@ -175,15 +188,15 @@ def paged_attention(
     if splits == 1:
         return outputs[0]
     mean, log_total = outputs
-    return _join_splits(mean, log_total, q.dtype, interpret)
+    return join_splits(mean, log_total, q.dtype, interpret)
 
 
-def default_blocks(pages: Pages, rows: int) -> Blocks:
+def default_blocks(pages: Pages, rows: int) -> Blocks | prefill.Blocks:
     """The device's own for so many query rows of a sequence and KV head."""
-    decode = "decode_attention_bf16" if pages.scales is None else "decode_attention"
-    blocks = Blocks(**tuning.blocks(decode))
+    bf16 = "_bf16" if pages.scales is None else ""
+    blocks = Blocks(**tuning.blocks("decode_attention" + bf16))
     if rows > blocks.rows:
-        blocks = Blocks(**tuning.blocks("prefill_attention"))
+        return prefill.default_blocks(pages)
     # The accumulator grows with the head dim: so must the registers.
     return dataclasses.replace(blocks, num_warps=blocks.num_warps * pl.cdiv(pages.head_dim, 128))
 
@@ -278,7 +291,7 @@ def _attend(
     factor = scale * LOG2_E if soft_cap is None else scale / soft_cap
     if quantized:
         largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in q_pieces))
-        magnitude = _power_of_two_below(largest)
+        magnitude = arithmetic.power_of_two_below(largest)
         q_pieces = [(x * (1 / magnitude)).astype(jnp.float16) for x in q_pieces]
         q_pieces = arithmetic.rotate(q_pieces, signs, order=order, width=width, axis=1)
         q_pieces = [turn(x) for x in q_pieces]
@@ -424,57 +437,3 @@ def _attend(
     if len(outputs) == 2:
         log_total = jnp.where(real & (total > 0), running_max + jnp.log2(total), MASKED)
         plt.store(outputs[1].at[batch, query, head, split], log_total, mask=stored)
-
-
-def _power_of_two_below(x: Float[Array, ""]) -> Float[Array, ""]:
-    """The largest power of two not above a positive x; 1 for zero and subnormals."""
-    exponent = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
-    return jnp.where(exponent == 0, 1.0, lax.bitcast_convert_type(exponent, jnp.float32))
-
-
-# --- Joining the splits -------------------------------------------------------------------------
-
-
-def _join_splits(
-    partial: Float[Array, "B T H splits D"],
-    log_totals: Float[Array, "B T H splits"],
-    dtype,
-    interpret: bool,
-) -> Float[Array, "B T H D"]:
-    """The mean of the splits' outputs, weighted by 2**log_totals. Every split's mean is finite."""
-    *lead, splits, head_dim = partial.shape
-    rows = math.prod(lead)
-    # Few rows: several programs share the channels of one.
-    columns = padded(head_dim) if rows > 512 else 32
-    parts = pl.cdiv(head_dim, columns)
-    out = pl.pallas_call(
-        functools.partial(_join, columns=columns, gpu=not interpret),
-        grid=(rows, parts),
-        out_shape=jax.ShapeDtypeStruct((rows, head_dim), dtype),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        compiler_params=plt.CompilerParams(
-            num_warps=4 if splits * columns >= 1024 else 1, num_stages=1
-        ),
-        interpret=interpret,
-        name="join_splits",
-    )(partial.reshape(rows, splits, head_dim), log_totals.reshape(rows, splits))
-    return out.reshape(*lead, head_dim)
-
-
-def _join(partial, log_totals, out, *, columns: int, gpu: bool):
-    _, splits, head_dim = partial.shape
-    row = pl.program_id(0)
-    column = pl.program_id(1) * columns + jnp.arange(columns)
-    split = jnp.arange(_power_of_two(splits))
-    log_total = plt.load(log_totals.at[row, split], mask=split < splits, other=MASKED)
-    weight = exp2(log_total - jnp.max(log_total), gpu)
-    weight = jnp.where(log_total > MASKED, weight, 0)
-    mean = plt.load(
-        partial.at[row, split[:, None], column[None, :]],
-        mask=(split < splits)[:, None] & (column < head_dim)[None, :],
-        other=0,
-    )
-    total = jnp.sum(weight)
-    mean = jnp.sum(mean * weight[:, None], axis=0) / jnp.where(total > 0, total, 1)
-    plt.store(out.at[row, column], mean.astype(out.dtype), mask=column < head_dim)
