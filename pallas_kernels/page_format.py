@@ -126,13 +126,14 @@ def preferred_layout(implementation: str | None = None) -> Layout:
     return "split" if implementation == "triton" else "paired"
 
 
-def head_specs(format: PageFormat, axis: str) -> Any:
-    """`Pages` of a `PartitionSpec` for each array, which puts the KV heads on a mesh axis."""
-    data: Any = PartitionSpec(None, None, axis)
+def page_specs(format: PageFormat, pages: str | None, kv_heads: str | None) -> Any:
+    """`Pages` of a `PartitionSpec` for each array: which mesh axes split pages and KV heads."""
+    data: Any = PartitionSpec(None, pages, kv_heads)
     if format.layout == "bf16":
         return Pages(data, None, format)
-    scales_axis = 3 if format.layout == "paired" else 2
-    scales: Any = PartitionSpec(*[None] * scales_axis, axis)
+    scales: Any = data
+    if format.layout == "paired":
+        scales = PartitionSpec(None, pages, None, kv_heads)
     return Pages(data, scales, format)
 
 

@@ -14,17 +14,26 @@ step may write wherever `extend` made room, without looking who else reads the p
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PageFormat, Pages, init_pages, paged_attention, write_kv
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.page_format import Layout, head_specs, largest_order, preferred_layout
+from pallas_kernels.page_format import Layout, largest_order, page_specs, preferred_layout
 from pallas_kernels.write import check_layer
+
+# Mesh axes by what they split: sequences and pages; KV heads; the query heads of each KV head.
+AXES = DATA, HEADS, GROUPS = "data", "heads", "groups"
+ROWS = PartitionSpec(DATA)
+Q_SPEC = PartitionSpec(DATA, None, (HEADS, GROUPS))  # [B, T, H, D]
+KV_SPEC = PartitionSpec(DATA, None, HEADS)  # [B, T, K, D]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +129,11 @@ class Cache:
       new_tokens: `int32[B]`, tokens that the last `extend` made room for: the current step's.
       references: `int32[P]`, page-table entries that name a page.
       free_pages: `int32[P]`, a stack of the free pages: entries 0 .. num_free - 1.
-      num_free: `int32[]`.
+      num_free: `int32[]`; `int32[N]` with a mesh whose axis `data` is of size N.
       implementation: as in `CacheSpec`. Static: another program.
-      head_sharding: how one array [K] of KV heads lies on several devices, or `None`; see
-        `saw_int4_jax.sharding`. Static: `attend` maps the kernels over its mesh.
+      mesh: the devices over which the cache is spread, or `None`; see `saw_int4_jax.sharding`.
+        Its axis `data` cuts the pool into N, each with P / N pages, ids from 0, and B / N of the
+        sequences. Static: every function here is mapped over it.
     """
 
     pages: Pages
@@ -132,11 +142,11 @@ class Cache:
     new_tokens: Int[Array, "B"]
     references: Int[Array, "P"]
     free_pages: Int[Array, "P"]
-    num_free: Int[Array, ""]
+    num_free: Int[Array, "*N"]
     implementation: Implementation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
-    head_sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def batch(self) -> int:
@@ -148,34 +158,123 @@ class Cache:
         return self.page_table.shape[1] * self.pages.page_size
 
 
-def init_cache(spec: CacheSpec, batch: int, max_length: int | None = None) -> Cache:
+def init_cache(
+    spec: CacheSpec, batch: int, max_length: int | None = None, *, mesh: Mesh | None = None
+) -> Cache:
     """An empty cache.
 
     Args:
-      spec: what to hold.
+      spec: what to hold; its pages and heads are those of all devices together.
       batch: sequences, B.
-      max_length: the most tokens one sequence may hold; `None`: all of the pool.
+      max_length: the most tokens one sequence may hold; `None`: all of its pool.
+      mesh: devices to spread it over, see `saw_int4_jax.sharding`. Each makes its own part.
 
     Raises:
-      ValueError: `batch` or `max_length` is not positive.
+      ValueError: `batch` or `max_length` is not positive, or the mesh does not divide the cache.
     """
     if batch < 1:
         raise ValueError(f"Expected {batch=} to be positive")
     if max_length is not None and max_length < 1:
         raise ValueError(f"Expected {max_length=} to be positive")
-    max_pages = spec.num_pages
+    pools = 1
+    if mesh is not None:
+        check_mesh(mesh, kv_heads=spec.kv_heads, num_pages=spec.num_pages, batch=batch)
+        pools = mesh.shape[DATA]
+    pool_pages = max_pages = spec.num_pages // pools
     if max_length is not None:
         max_pages = min(max_pages, -(-max_length // spec.page_size))
-    return Cache(
-        pages=spec.init_pages(),
-        page_table=jnp.full((batch, max_pages), -1, jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        new_tokens=jnp.zeros(batch, jnp.int32),
-        references=jnp.zeros(spec.num_pages, jnp.int32),
-        free_pages=jnp.arange(spec.num_pages - 1, -1, -1, dtype=jnp.int32),
-        num_free=jnp.asarray(spec.num_pages, jnp.int32),
-        implementation=spec.implementation,
-    )
+
+    def empty() -> Cache:
+        return Cache(
+            pages=spec.init_pages(),
+            page_table=jnp.full((batch, max_pages), -1, jnp.int32),
+            lengths=jnp.zeros(batch, jnp.int32),
+            new_tokens=jnp.zeros(batch, jnp.int32),
+            references=jnp.zeros(spec.num_pages, jnp.int32),
+            free_pages=jnp.tile(jnp.arange(pool_pages - 1, -1, -1, dtype=jnp.int32), pools),
+            num_free=jnp.full(() if mesh is None else pools, pool_pages, jnp.int32),
+            implementation=spec.implementation,
+            mesh=mesh,
+        )
+
+    if mesh is None:
+        return empty()
+    return jax.jit(empty, out_shardings=cache_shardings(jax.eval_shape(empty), mesh))()
+
+
+# --- Several devices ------------------------------------------------------------------------
+
+
+def check_mesh(mesh: Mesh, *, kv_heads: int, num_pages: int, batch: int) -> None:
+    """Raises ValueError unless a cache can be spread over a mesh."""
+    if mesh.axis_names != AXES or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(f"Expected {mesh=} to have the axes {AXES}, all of them Auto")
+    data, heads, groups = (mesh.shape[axis] for axis in AXES)
+    if num_pages % data or batch % data:
+        raise ValueError(f"Expected {num_pages=} and {batch=} to be multiples of {data=} devices")
+    if kv_heads % heads:
+        raise ValueError(f"Expected {kv_heads=} to be a multiple of {heads=} devices")
+    if groups > 1 and heads != kv_heads:
+        raise ValueError(
+            f"Expected {heads=} devices to be as many as {kv_heads=} where {groups=} devices hold "
+            "each KV head"
+        )
+
+
+def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
+    """A `NamedSharding` for each array of a cache, or of its shapes, spread over a mesh."""
+    specs = _specs(dataclasses.replace(cache, mesh=mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def split_rows(x: Array, cache: Cache) -> Array:
+    """Lays x [B, ...] as the cache's sequences lie; XLA would have to guess."""
+    if cache.mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(cache.mesh, ROWS))
+
+
+def _specs(cache: Cache) -> Cache:
+    """A `PartitionSpec` for each array."""
+    specs = jax.tree.map(lambda _: ROWS, cache)
+    return dataclasses.replace(specs, pages=page_specs(cache.pages.format, DATA, HEADS))
+
+
+def _on_each_device(
+    f: Callable[..., tuple[Cache, Any]],
+    cache: Cache,
+    *args: Any,
+    specs: Sequence[PartitionSpec] = (ROWS,),
+    out: PartitionSpec = ROWS,
+) -> tuple[Cache, Any]:
+    """`f(cache, *args)`, with a mesh on each device with its own part of them.
+
+    Such a part is a whole cache: one pool's pages of some KV heads, and that pool's sequences.
+
+    Args:
+      f: returns the cache and one array more.
+      cache: spread or not.
+      *args: arrays, or `None`.
+      specs: how each of them is split.
+      out: how the array that `f` returns is.
+    """
+    mesh = cache.mesh
+    if mesh is None:
+        return f(cache, *args)
+
+    def part(cache, *args):
+        cache = dataclasses.replace(cache, num_free=cache.num_free.reshape(()), mesh=None)
+        cache, x = f(cache, *args)
+        return dataclasses.replace(cache, num_free=cache.num_free.reshape(1), mesh=mesh), x
+
+    cache_specs = _specs(cache)
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(cache_specs, *specs),
+        out_specs=(cache_specs, out),
+        check_vma=False,
+    )(cache, *args)
 
 
 # --- Pages: grow, shrink, share -------------------------------------------------------------
@@ -202,9 +301,14 @@ def extend(
       ValueError: `counts` is not of shape [B].
     """
     _check_rows("counts", counts, cache)
-    size, max_pages = cache.pages.page_size, cache.page_table.shape[1]
     if max_count is None:
         max_count = cache.max_length
+    grow = functools.partial(_extend, max_count=max_count)
+    return _on_each_device(grow, cache, counts)
+
+
+def _extend(cache: Cache, counts: Array, max_count: int) -> tuple[Cache, Array]:
+    size, max_pages = cache.pages.page_size, cache.page_table.shape[1]
     held, needed = _pages(cache.lengths, size), _pages(cache.lengths + counts, size)
     possible = (counts >= 0) & (counts <= max_count) & (needed <= max_pages)
     missing = jnp.where(possible, needed - held, 0)
@@ -243,6 +347,10 @@ def truncate(cache: Cache, lengths: Int[Array, "B"]) -> tuple[Cache, Bool[Array,
       ValueError: `lengths` is not of shape [B].
     """
     _check_rows("lengths", lengths, cache)
+    return _on_each_device(_truncate, cache, lengths)
+
+
+def _truncate(cache: Cache, lengths: Array) -> tuple[Cache, Array]:
     possible = (lengths >= 0) & (lengths <= cache.lengths)
     copied = possible & (lengths < cache.lengths) & _shares_last_page(cache, lengths)
     ok = possible & (~copied | (jnp.cumsum(copied) <= cache.num_free))
@@ -258,7 +366,11 @@ def free(cache: Cache, rows: Bool[Array, "B"]) -> Cache:
       ValueError: `rows` is not of shape [B].
     """
     _check_rows("rows", rows, cache)
-    return _drop_past(cache, jnp.where(rows, 0, cache.lengths))
+
+    def empty(cache: Cache, rows: Array) -> tuple[Cache, Array]:
+        return _drop_past(cache, jnp.where(rows, 0, cache.lengths)), rows
+
+    return _on_each_device(empty, cache, rows)[0]
 
 
 def share(
@@ -280,19 +392,29 @@ def share(
 
     Returns:
       The cache and whether it was done: not if a row or the length is out of range, `target` is
-      not empty, or the pool has no page left for the copy. The cache is then unchanged.
+      not empty or in another pool, or the pool has no page left for the copy. The cache is then
+      unchanged.
     """
-    batch, max_pages = cache.page_table.shape
-    size = cache.pages.page_size
-    row = jnp.arange(batch)
-    inside = (source >= 0) & (source < batch) & (target >= 0) & (target < batch)
-    possible = inside & (length >= 0) & (length <= cache.lengths[source])
-    copied = length % size != 0
-    ok = possible & (cache.lengths[target] == 0) & (copied <= cache.num_free)
+    rows = jnp.arange(cache.batch)
+    specs = [ROWS, *[PartitionSpec()] * 3]
+    arguments = rows, *(jnp.asarray(x, jnp.int32) for x in (source, target, length))
+    cache, ok = _on_each_device(_share, cache, *arguments, specs=specs)
+    return cache, ok.any()
 
-    filled = ok & (row == target)
-    kept = ok & (jnp.arange(max_pages) < _pages(length, size))
-    entries = jnp.where(kept, cache.page_table[source], -1)
+
+def _share(
+    cache: Cache, rows: Int[Array, "B"], source: Array, target: Array, length: Array
+) -> tuple[Cache, Bool[Array, "B"]]:
+    """`rows` are the numbers of the sequences here. Which of them were filled."""
+    size, max_pages = cache.pages.page_size, cache.page_table.shape[1]
+    here = jnp.clip(source - rows[0], 0, cache.batch - 1)
+    possible = (rows == source).any() & (length >= 0) & (length <= cache.lengths[here])
+    copied = length % size != 0
+    possible &= copied <= cache.num_free
+    filled = possible & (rows == target) & (cache.lengths == 0)
+
+    kept = filled.any() & (jnp.arange(max_pages) < _pages(length, size))
+    entries = jnp.where(kept, cache.page_table[here], -1)
     cache = dataclasses.replace(
         cache,
         page_table=jnp.where(filled[:, None], entries, cache.page_table),
@@ -300,7 +422,7 @@ def share(
         new_tokens=jnp.where(filled, 0, cache.new_tokens),
         references=cache.references.at[_or_past(kept, entries, cache)].add(1, mode="drop"),
     )
-    return _own_last_page(cache, cache.lengths, filled & copied), ok
+    return _own_last_page(cache, cache.lengths, filled & copied), filled
 
 
 def _check_rows(name: str, x: Array, cache: Cache) -> None:
@@ -451,36 +573,30 @@ def attend(
             f"with B = {cache.batch}"
         )
     check_layer(layer, cache.pages)
+    if cache.mesh is not None:
+        devices = cache.mesh.shape[HEADS] * cache.mesh.shape[GROUPS]
+        if q.shape[2] % devices:
+            raise ValueError(
+                f"Expected {q.shape[2]} query heads to be a multiple of {devices} devices"
+            )
 
-    def run(pages, q, k, v, sinks, layer, slots, page_table, lengths, new_tokens):
+    def local(cache, layer, q, k, v, sinks):
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        chosen = cache.implementation
-        pages = write_kv(pages, k, v, slots.reshape(-1), layer=layer, implementation=chosen)
+        where, chosen = slots(cache, num_tokens).reshape(-1), cache.implementation
+        pages = write_kv(cache.pages, k, v, where, layer=layer, implementation=chosen)
         out = paged_attention(
             q,
             pages,
-            page_table,
-            lengths,
+            cache.page_table,
+            cache.lengths,
             layer=layer,
-            query_lengths=new_tokens,
+            query_lengths=cache.new_tokens,
             sinks=sinks,
             implementation=chosen,
             **options,
         )
-        return out, pages
+        return dataclasses.replace(cache, pages=pages), out
 
-    if cache.head_sharding is not None:  # a kernel is one device's work: each does its own heads
-        mesh, (axis,) = cache.head_sharding.mesh, cache.head_sharding.spec
-        pages, heads = head_specs(cache.pages.format, axis), PartitionSpec(None, None, axis)
-        run = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(pages, heads, heads, heads, PartitionSpec(axis), *[PartitionSpec()] * 5),
-            out_specs=(heads, pages),
-            check_vma=False,
-        )
-    out, pages = run(
-        *(cache.pages, q, k, v, sinks, layer, slots(cache, num_tokens)),
-        *(cache.page_table, cache.lengths, cache.new_tokens),
-    )
-    return out, dataclasses.replace(cache, pages=pages)
+    specs = PartitionSpec(), Q_SPEC, KV_SPEC, KV_SPEC, PartitionSpec((HEADS, GROUPS))
+    cache, out = _on_each_device(local, cache, layer, q, k, v, sinks, specs=specs, out=Q_SPEC)
+    return out, cache

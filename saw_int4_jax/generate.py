@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
-from saw_int4_jax.cache import Cache, extend, last_token
+from saw_int4_jax.cache import Cache, extend, last_token, split_rows
 
 Forward = Callable[..., Any]
 
@@ -127,7 +128,7 @@ def step(
       that had not, or whose count is 0, is left as it was and its logits mean nothing.
     """
     cache, ok = extend(cache, counts, max_count=tokens.shape[1])
-    logits, cache = forward(variables, tokens, cache)
+    logits, cache = forward(variables, split_rows(tokens, cache), cache)
     if logits.shape[1] > 1:
         logits = last_token(logits, cache)
     return logits[:, 0], cache, ok
@@ -136,6 +137,13 @@ def step(
 @functools.partial(jax.jit, static_argnames="forward", donate_argnames="cache")
 def _step(forward, variables, tokens, counts, cache):
     return step(forward, variables, tokens, counts, cache)
+
+
+def on_host(x: Array) -> np.ndarray:
+    """The values of x, gathered where they lie on several hosts: all of them must ask."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.array(x)
 
 
 def _on_the_device_of(variables: Any, cache: Cache) -> Cache:
@@ -181,16 +189,17 @@ def prefill(
     if chunk < 1:
         raise ValueError(f"Expected {chunk=} to be positive")
     size = cache.pages.page_size
-    lengths = np.asarray(cache.lengths)
+    lengths, num_free = on_host(cache.lengths), on_host(cache.num_free)
     counts = np.array([len(prompt) for prompt in prompts])
     longest = int((lengths + counts).max())
     if longest > cache.max_length:
         raise ValueError(f"Expected a prompt of {longest} tokens to fit {cache.max_length=}")
-    pages = (-(-(lengths + counts) // size) - -(-lengths // size)).sum()
-    if pages > int(cache.num_free):
+    pages = -(-(lengths + counts) // size) - -(-lengths // size)
+    pages = pages.reshape(*num_free.shape, -1).sum(-1)  # of each pool
+    if (pages > num_free).any():
         raise ValueError(
             f"Expected prompts of {counts.sum()} tokens to fit the pool: they need {pages} pages, "
-            f"{int(cache.num_free)} are free"
+            f"{num_free} are free"
         )
     padded = np.zeros((cache.batch, -(-counts.max(initial=1) // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):
@@ -307,9 +316,10 @@ def advance(
     remaining = state.remaining - produced
     finish = jnp.where(produced & (remaining <= 0), LENGTH, state.finish)
     finish = jnp.where(produced & stop, STOPPED, finish)
-    return dataclasses.replace(
-        state, tokens=jnp.where(produced, tokens, state.tokens), remaining=remaining, finish=finish
-    )
+    tokens = jnp.where(produced, tokens, state.tokens)
+    # Laid out alike after `begin` and after each loop, or the next would be compiled anew.
+    tokens, remaining, finish = (split_rows(x, state.cache) for x in (tokens, remaining, finish))
+    return dataclasses.replace(state, tokens=tokens, remaining=remaining, finish=finish)
 
 
 # --- Whole generations ----------------------------------------------------------------------
@@ -375,12 +385,12 @@ def stream(
     if every < 1:
         raise ValueError(f"Expected {every=} to be positive")
     logits, cache = prefill(forward, variables, prompts, cache, chunk=chunk, progress=progress)
-    ends = jnp.asarray(eos, jnp.int32)
+    ends = np.asarray(eos, np.int32)
     state = begin(logits, cache, np.broadcast_to(limits, shape), ends, sampling)
-    yield np.array(state.tokens)[:, None], state
-    while (np.asarray(state.finish) == RUNNING).any():
+    yield on_host(state.tokens)[:, None], state
+    while (on_host(state.finish) == RUNNING).any():
         state, new = decode(forward, variables, state, num_steps=every, eos=ends, sampling=sampling)
-        yield np.asarray(new), state
+        yield on_host(new), state
 
 
 def generate(
@@ -400,6 +410,6 @@ def generate(
     rows = np.concatenate(parts, axis=1)
     return Generation(
         tokens=[row[row >= 0].tolist() for row in rows],
-        finish=[FINISH_REASONS[i] for i in np.asarray(state.finish)],
+        finish=[FINISH_REASONS[i] for i in on_host(state.finish)],
         cache=state.cache,
     )

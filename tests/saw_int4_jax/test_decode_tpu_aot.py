@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import saw_int4_jax as saw
+from saw_int4_jax.cache import AXES
 from saw_int4_jax.generate import DecodeState
 from saw_int4_jax.models import CONFIGS, Llama
 from saw_int4_jax.sharding import cache_shardings, param_shardings
@@ -60,14 +61,15 @@ def lower_on_one(chip, name, method="int4"):
 
 
 def lower_on_four(chip, name):
-    mesh = Mesh(np.array(tpu_aot.devices(chip)), ("heads",))
+    mesh = Mesh(np.array(tpu_aot.devices(chip)).reshape(1, -1, 1), AXES)
     everywhere = NamedSharding(mesh, PartitionSpec())
     forward, variables, state = model_and_shapes(name)
-    shardings = cache_shardings(state.cache, mesh, "heads")
-    cache = dataclasses.replace(state.cache, head_sharding=shardings.head_sharding)
+    pools = jax.ShapeDtypeStruct((1,), jnp.int32)
+    cache = dataclasses.replace(state.cache, num_free=pools, mesh=mesh)
+    shardings = cache_shardings(cache, mesh)
     rows = placed(dataclasses.replace(state, cache=None), everywhere_like(state, everywhere))
     state = dataclasses.replace(rows, cache=placed(cache, shardings))
-    variables = placed(variables, param_shardings(variables, mesh, "heads"))
+    variables = placed(variables, param_shardings(variables, mesh))
     return trace(forward, variables, state, everywhere).lower(lowering_platforms=("tpu",))
 
 

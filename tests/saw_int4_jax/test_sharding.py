@@ -1,18 +1,24 @@
-"""KV heads and projections over four devices give what one device gives."""
+"""A cache and a model spread over devices, hosts and pools give what one device gives."""
 
+import contextlib
 import dataclasses
+import functools
+import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import saw_int4_jax as saw
 from saw_int4_jax import sharding
+from saw_int4_jax.cache import AXES
 from saw_int4_jax.models import Llama
 from saw_int4_jax.models.llama import LlamaConfig
 
@@ -28,62 +34,215 @@ CONFIG = LlamaConfig(
     qkv_bias=True,
     qk_norm=True,
 )
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+BATCH, NUM_PAGES, PAGE_SIZE = 8, 64, 4
+PROMPTS = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10], [11] * 5, [12], [13, 14], [15, 1, 15, 1]]
+# (data, heads, groups)
+MESHES = [(1, 2, 1), (1, 4, 1), (1, 4, 2), (8, 1, 1), (2, 4, 1), (4, 2, 1)]
+MODEL = Llama(CONFIG, last_only=True)
+FORWARD = MODEL.apply  # one object: it is a static argument
 
 
-def mesh_of(devices):
-    return jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Auto,))
+def mesh_of(shape):
+    count = int(np.prod(shape))
+    kinds = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=jax.devices()[:count])
 
 
-def generate_on(mesh, dtype):
-    model = Llama(CONFIG, last_only=True)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    cache = saw.init_cache(CONFIG.cache_spec(num_pages=32, page_size=4, dtype=dtype), batch=2)
+def spec_of(dtype="int4", config=CONFIG):
+    return config.cache_spec(num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=dtype)
+
+
+@functools.cache
+def random_variables():
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def generate_on(mesh, dtype="int4"):
+    variables = random_variables()
     if mesh is not None:
-        variables = sharding.shard_params(variables, mesh, "heads")
-        cache = sharding.shard_cache(cache, mesh, "heads")
-    return saw.generate(model.apply, variables, [[1, 2, 3], [4] * 9], cache, max_new_tokens=12)
+        variables = sharding.shard_params(variables, mesh)
+    cache = saw.init_cache(spec_of(dtype), BATCH, max_length=32, mesh=mesh)
+    return saw.generate(FORWARD, variables, PROMPTS, cache, max_new_tokens=10, chunk=8, every=4)
+
+
+def in_a_process(function, devices, **environment):
+    code = f"from tests.saw_int4_jax.test_sharding import {function} as f; f()"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment},
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+
+
+# --- Eight virtual devices ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list to which the names of compiled programs are added."""
+    names = []
+    handler = logging.Handler()
+    handler.emit = lambda record: names.extend(
+        re.findall(r"^Finished XLA compilation of (\S+)", record.getMessage())
+    )
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield names
+    logger.removeHandler(handler)
 
 
 def check_same_tokens():
-    """Runs in a process that has four devices."""
-    mesh = mesh_of(4)
-    for dtype in ("int4", "bf16"):
-        one, four = generate_on(None, dtype), generate_on(mesh, dtype)
-        assert one.tokens == four.tokens
-        data = four.cache.pages.data
-        assert len(data.addressable_shards) == 4
-        assert data.addressable_shards[0].data.shape[2] == 1  # of four KV heads
+    one = {dtype: generate_on(None, dtype).tokens for dtype in ("int4", "bf16")}
+    for shape in MESHES:
+        dtype = "bf16" if shape == (2, 4, 1) else "int4"
+        with compilations() as names:
+            many = generate_on(mesh_of(shape), dtype)
+        # One program for both chunks of the prompts, one for all loops of the decoding.
+        assert names.count("jit(_step)") == names.count("jit(decode)") == 1, (shape, names)
+        assert many.tokens == one[dtype], shape
+        data = many.cache.pages.data
+        local = data.addressable_shards[0].data.shape
+        assert len(data.addressable_shards) == np.prod(shape)
+        assert local[1:3] == (NUM_PAGES // shape[0], CONFIG.num_kv_heads // shape[1]), shape
 
 
-def test_four_devices_generate_what_one_does():
-    flags = "--xla_force_host_platform_device_count=4"
-    code = "from tests.saw_int4_jax.test_sharding import check_same_tokens as f; f()"
-    subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=pathlib.Path(__file__).parents[2],
-        check=True,
-    )
+def check_pools_are_separate_caches():
+    """The page functions on two pools over two heads do what they do on two caches apart."""
+    mesh, rng = mesh_of((2, 2, 1)), np.random.default_rng(0)
+    spec = spec_of()
+    half = dataclasses.replace(spec, num_pages=NUM_PAGES // 2)
+    both = saw.init_cache(spec, BATCH, max_length=32, mesh=mesh)
+    apart = [saw.init_cache(half, BATCH // 2, max_length=32) for _ in range(2)]
+    bits = rng.integers(0, 255, both.pages.data.shape, np.uint8)
+
+    def filled(cache, bits):
+        data = jax.device_put(bits, cache.pages.data.sharding)
+        return dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, data=data))
+
+    both = filled(both, bits)
+    apart = [filled(c, x) for c, x in zip(apart, np.split(bits, 2, axis=1))]
+    extend, truncate, free, share = map(jax.jit, (saw.extend, saw.truncate, saw.free, saw.share))
+
+    def halves(x):
+        return np.split(np.asarray(x), 2)
+
+    for _ in range(6):
+        counts = rng.integers(0, 20, BATCH)
+        both, ok = extend(both, counts)
+        apart, oks = zip(*(extend(c, x) for c, x in zip(apart, halves(counts))))
+        np.testing.assert_array_equal(ok, np.concatenate(oks))
+        lengths = rng.integers(0, 1 + np.asarray(both.lengths))
+        both, ok = truncate(both, lengths)
+        apart, oks = zip(*(truncate(c, x) for c, x in zip(apart, halves(lengths))))
+        np.testing.assert_array_equal(ok, np.concatenate(oks))
+        rows = rng.random(BATCH) < 0.4
+        both = free(both, rows)
+        apart = [free(c, x) for c, x in zip(apart, halves(rows))]
+        for pool in range(2):
+            source, target = rng.integers(0, BATCH // 2, 2)
+            length = rng.integers(0, 1 + np.asarray(apart[pool].lengths)[source])
+            first = pool * BATCH // 2
+            both, ok = share(both, first + source, first + target, length)
+            apart = list(apart)
+            apart[pool], wanted = share(apart[pool], source, target, length)
+            assert bool(ok) == bool(wanted)
+        for leaf, *parts in zip(*map(jax.tree.leaves, (both, *apart))):
+            axis = 1 if leaf.ndim > 2 else 0
+            joined = np.concatenate([np.atleast_1d(p) for p in parts], axis=axis)
+            np.testing.assert_array_equal(leaf, joined)
+    both = free(both, np.arange(BATCH) != 0)
+    both, _ = extend(both, np.eye(BATCH, dtype=int)[0])
+    before = jax.tree.map(np.asarray, both)
+    both, ok = share(both, 0, BATCH - 1, 1)
+    assert not ok  # another pool
+    jax.tree.map(np.testing.assert_array_equal, both, before)
+
+
+def check_eight_devices():
+    check_same_tokens()
+    check_pools_are_separate_caches()
+
+
+def test_eight_devices_generate_what_one_does():
+    assert in_a_process("check_eight_devices", 8).wait() == 0
+
+
+# --- Bad input ------------------------------------------------------------------------------
 
 
 def test_projections_are_split_where_heads_are():
     model = Llama(dataclasses.replace(CONFIG, num_layers=1))
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    shardings = sharding.param_shardings(variables, mesh_of(1), "heads")["params"]
+    shardings = sharding.param_shardings(variables, mesh_of((1, 1, 1)))["params"]
     attention, mlp = shardings["layers_0"]["self_attn"], shardings["layers_0"]["mlp"]
+    tensor = "heads", "groups"
+    assert attention["q_proj"]["kernel"].spec == PartitionSpec(None, tensor)
     assert attention["k_proj"]["kernel"].spec == PartitionSpec(None, "heads")
     assert attention["k_proj"]["bias"].spec == PartitionSpec("heads")
-    assert attention["o_proj"]["kernel"].spec == PartitionSpec("heads", None)
+    assert attention["o_proj"]["kernel"].spec == PartitionSpec(tensor, None)
     assert attention["q_norm"]["scale"].spec == PartitionSpec()
-    assert mlp["up_proj"]["kernel"].spec == PartitionSpec(None, "heads")
-    assert mlp["down_proj"]["kernel"].spec == PartitionSpec("heads", None)
-    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec("heads", None)
-    assert shardings["lm_head"]["kernel"].spec == PartitionSpec(None, "heads")
+    assert mlp["up_proj"]["kernel"].spec == PartitionSpec(None, tensor)
+    assert mlp["down_proj"]["kernel"].spec == PartitionSpec(tensor, None)
+    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec(tensor, None)
+    assert shardings["lm_head"]["kernel"].spec == PartitionSpec(None, tensor)
     assert shardings["norm"]["scale"].spec == PartitionSpec()
 
 
-def test_heads_that_the_devices_do_not_divide():
-    cache = jax.eval_shape(lambda: saw.init_cache(CONFIG.cache_spec(num_pages=8), batch=1))
-    mesh = jax.sharding.AbstractMesh((3,), ("heads",))
-    with pytest.raises(ValueError, match="Expected kv_heads=4 to be a multiple of the 3"):
-        sharding.cache_shardings(cache, mesh, "heads")
+def test_devices_that_do_not_divide_the_model():
+    model = Llama(dataclasses.replace(CONFIG, num_layers=1, mlp_dim=66, vocab_size=65))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    mesh = AbstractMesh((1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    with pytest.raises(ValueError, match=r"Expected down_proj of shape \(66, 32\) to be divided"):
+        sharding.param_shardings(variables, mesh)
+    mlp = variables["params"]["layers_0"].pop("mlp")
+    shardings = sharding.param_shardings(variables, mesh)["params"]
+    assert shardings["lm_head"]["kernel"].spec == PartitionSpec()
+    assert mlp
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 1), "Expected kv_heads=4 to be a multiple of heads=3 devices"),
+        ((1, 2, 2), "Expected heads=2 devices to be as many as kv_heads=4"),
+        ((3, 1, 1), "Expected num_pages=64 and batch=8 to be multiples of data=3"),
+    ],
+)
+def test_devices_that_do_not_divide_the_cache(shape, message):
+    mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+    with pytest.raises(ValueError, match=message):
+        saw.init_cache(spec_of(), BATCH, mesh=mesh)
+
+
+def test_query_heads_that_the_devices_do_not_divide():
+    mesh = AbstractMesh((1, 4, 3), AXES, axis_types=(AxisType.Auto,) * 3)
+    cache = jax.eval_shape(lambda: saw.init_cache(spec_of(), BATCH))
+    cache = dataclasses.replace(cache, mesh=mesh)
+    q, k = jnp.zeros((BATCH, 1, 8, 16)), jnp.zeros((BATCH, 1, 4, 16))
+    with pytest.raises(ValueError, match="Expected 8 query heads to be a multiple of 12 devices"):
+        saw.attend(cache, 0, q, k, k)
+
+
+def test_mesh_with_other_axes():
+    mesh = AbstractMesh((1,), ("model",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match="to have the axes"):
+        saw.init_cache(spec_of(), BATCH, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "data", "message"),
+    [(4, 3, "data=3 pools to divide 8"), (3, 1, "8 devices of a pool to divide kv_heads=3")],
+)
+def test_make_mesh_of_devices_that_do_not_fit(kv_heads, data, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(kv_heads, data=data, devices=[None] * 8)
+
+
+def test_one_pool_cannot_be_split():
+    cache = saw.init_cache(spec_of(), BATCH)
+    mesh = AbstractMesh((2, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    with pytest.raises(ValueError, match="to have one pool"):
+        sharding.shard_cache(cache, mesh)
