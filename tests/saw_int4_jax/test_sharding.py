@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -66,12 +67,13 @@ def generate_on(mesh, dtype="int4"):
     return saw.generate(FORWARD, variables, PROMPTS, cache, max_new_tokens=10, chunk=8, every=4)
 
 
-def in_a_process(function, devices, **environment):
-    code = f"from tests.saw_int4_jax.test_sharding import {function} as f; f()"
+def start(function, *arguments, devices=1):
+    """Runs a function of this file in a process of its own, on virtual CPU devices."""
+    code = f"from tests.saw_int4_jax.test_sharding import {function} as f; f(*{arguments})"
     flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment},
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         cwd=pathlib.Path(__file__).parents[2],
     )
 
@@ -107,6 +109,16 @@ def check_same_tokens():
         local = data.addressable_shards[0].data.shape
         assert len(data.addressable_shards) == np.prod(shape)
         assert local[1:3] == (NUM_PAGES // shape[0], CONFIG.num_kv_heads // shape[1]), shape
+
+
+def check_devices_here():
+    """On whatever devices there are: every split of them into pools generates what one does."""
+    alone, count = generate_on(None), jax.device_count()
+    for data in range(1, count + 1):
+        if count % data == 0 and BATCH % data == 0:
+            mesh = sharding.make_mesh(CONFIG.num_kv_heads, data=data)
+            assert generate_on(mesh).tokens == alone.tokens, mesh
+            print(f"{mesh.devices.shape} {AXES}: the tokens of one device")
 
 
 def check_pools_are_separate_caches():
@@ -167,7 +179,34 @@ def check_eight_devices():
 
 
 def test_eight_devices_generate_what_one_does():
-    assert in_a_process("check_eight_devices", 8).wait() == 0
+    assert start("check_eight_devices", devices=8).wait() == 0
+
+
+# --- Two processes --------------------------------------------------------------------------
+
+
+def check_processes(address, count, index):
+    """In each of `count` processes: what they generate together, they generate alone."""
+    jax.distributed.initialize(address, count, index)
+    assert jax.process_count() == count
+    alone = generate_on(None)
+    for data in (1, count):
+        together = generate_on(sharding.make_mesh(CONFIG.num_kv_heads, data=data))
+        assert not together.cache.pages.data.is_fully_addressable
+        assert together.tokens == alone.tokens
+        assert together.finish == alone.finish
+
+
+def test_two_processes_generate_what_one_does():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [start("check_processes", address, 2, index, devices=2) for index in range(2)]
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 # --- Bad input ------------------------------------------------------------------------------

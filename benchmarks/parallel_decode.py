@@ -1,0 +1,381 @@
+"""Decode step on several devices: tensor and data parallel against one, and where the time goes.
+
+    python benchmarks/parallel_decode.py --json benchmarks/results/h200-x2/parallel_decode.json
+
+Runs `saw_int4_jax.decode`, the loop that users run, with random weights and random pages made on
+the devices. A few layers of the model are timed, and one; the step of all its layers is their
+extrapolation, each further layer taking as long as the timed ones. The split is found by leaving
+pieces out: attention is what a model without it saves, collectives are what a model without
+attention takes longer on the devices than its share, a narrower model, takes on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels import Pages, page_format
+from saw_int4_jax import Cache, decode, init_cache
+from saw_int4_jax.cache import DATA, ROWS, cache_shardings
+from saw_int4_jax.demo import METHOD_OPTIONS
+from saw_int4_jax.generate import RUNNING, DecodeState
+from saw_int4_jax.models.configs import CONFIGS
+from saw_int4_jax.models.llama import Llama, LlamaConfig
+from saw_int4_jax.results import describe_device, write_results
+from saw_int4_jax.sharding import make_mesh, param_shardings
+
+NO_ATTENTION = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled loop: what runs where. `method` may be `NO_ATTENTION`."""
+
+    parallel: str  # one, tensor, data; share: one device's part of tensor
+    method: str
+    batch: int
+    layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What all programs have in common."""
+
+    config: LlamaConfig
+    devices: int
+    page_size: int
+    pool_tokens: int
+    max_length: int
+    steps: int
+
+    def model_config(self, program: Program) -> LlamaConfig:
+        config = dataclasses.replace(self.config, num_layers=program.layers)
+        if program.parallel != "share":
+            return config
+        widths = "vocab_size", "mlp_dim", "num_heads", "num_kv_heads"
+        return dataclasses.replace(
+            config, **{name: getattr(config, name) // self.devices for name in widths}
+        )
+
+    def mesh(self, parallel: str) -> Mesh:
+        count = self.devices if parallel in ("tensor", "data") else 1
+        pools = count if parallel == "data" else 1
+        kv_heads = self.config.num_kv_heads
+        return make_mesh(kv_heads, data=pools, devices=jax.devices()[:count])
+
+    def shapes(self, program: Program) -> tuple[Llama, Any, Cache]:
+        """The model, and shapes of its parameters and cache as they lie on the mesh."""
+        config, mesh = self.model_config(program), self.mesh(program.parallel)
+        options: dict[str, Any] = {}
+        method = program.method
+        if method == NO_ATTENTION:
+            method, options["attend"] = "int4", lambda cache, layer, q, k, v, **_: (q, cache)
+        model = Llama(config, dtype=jnp.bfloat16, last_only=True, **options)
+        spec = config.cache_spec(
+            self.pool_tokens // self.page_size, page_size=self.page_size, **METHOD_OPTIONS[method]
+        )
+        cache = jax.eval_shape(lambda: init_cache(spec, program.batch, self.max_length, mesh=mesh))
+        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+        def placed(x, sharding):
+            dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+        variables = jax.tree.map(placed, variables, param_shardings(variables, mesh))
+        return model, variables, jax.tree.map(placed, cache, cache_shardings(cache, mesh))
+
+    def lower(self, program: Program) -> jax.stages.Lowered:
+        model, variables, cache = self.shapes(program)
+        rows = NamedSharding(cache.mesh, ROWS)
+        row = jax.ShapeDtypeStruct((program.batch,), jnp.int32, sharding=rows)
+        state = DecodeState(cache, row, row, row)
+        return decode.lower(
+            model.apply, variables, state, num_steps=self.steps, eos=np.zeros(0, np.int32)
+        )
+
+
+# --- Weights and pages, made where they are to lie ---------------------------------------------
+
+
+def made(f, shapes: Any) -> Any:
+    """What `f` returns, laid out as `shapes` say."""
+    return jax.jit(f, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+
+
+def random_weights(shapes: Any) -> Any:
+    def draw(leaf):
+        return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype) * 0.02
+
+    return made(lambda: jax.tree.map(draw, shapes), shapes)
+
+
+def random_pages(shapes: Pages) -> Pages:
+    """Codes by a hash of their place, which needs no memory beside them."""
+
+    def hashed(leaf):
+        places = [
+            jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, i) * np.uint32(prime)
+            for i, prime in enumerate((83492791, 73856093, 19349663, 2971215073, 433494437, 28657))
+            if i < leaf.ndim
+        ]
+        mixed = sum(places) * np.uint32(2654435761)
+        return (mixed ^ (mixed >> 15)) >> 8
+
+    def make():
+        data = hashed(shapes.data).astype(shapes.data.dtype)
+        if shapes.scales is None:  # bfloat16 bits with the exponents of numbers in (-2, 2)
+            return dataclasses.replace(shapes, data=data & 0x3FFF | (data << 1 & 0x8000))
+        word = page_format.join_scales(jnp.float32(0.125), jnp.float32(-1.0))
+        return dataclasses.replace(shapes, data=data, scales=jnp.full(shapes.scales.shape, word))
+
+    return made(make, shapes)
+
+
+def filled_state(cache: Cache, pages: Pages, context: int, steps: int) -> DecodeState:
+    """Sequences of `context` tokens on permuted pages, with room for `steps` more."""
+    pools = cache.mesh.shape[DATA]
+    batch, max_pages = cache.page_table.shape
+    pool_pages, pool_batch = cache.pages.num_pages // pools, batch // pools
+    held, needed = (-(-n // cache.pages.page_size) for n in (context, context + steps))
+    if pool_batch * needed > pool_pages or needed > max_pages:
+        raise ValueError(f"Expected {batch=} of {context=} to fit the pool")
+    rng = np.random.default_rng(0)
+    table = np.full((batch, max_pages), -1, np.int32)
+    free, used = np.zeros((pools, pool_pages), np.int32), pool_batch * held
+    references = np.zeros((pools, pool_pages), np.int32)
+    for pool in range(pools):
+        order = rng.permutation(pool_pages)
+        rows = slice(pool * pool_batch, (pool + 1) * pool_batch)
+        table[rows, :held] = order[:used].reshape(pool_batch, held)
+        references[pool, order[:used]] = 1
+        free[pool, : pool_pages - used] = order[used:]
+    arrays = dataclasses.replace(
+        cache,
+        pages=pages,
+        page_table=table,
+        lengths=np.full(batch, context, np.int32),
+        new_tokens=np.zeros(batch, np.int32),
+        references=references.ravel(),
+        free_pages=free.ravel(),
+        num_free=np.full(pools, pool_pages - used, np.int32),
+    )
+    cache = jax.device_put(arrays, cache_shardings(cache, cache.mesh))
+    rows = np.zeros(batch, np.int32), np.full(batch, 1 << 30, np.int32), np.full(batch, RUNNING)
+    sharding = NamedSharding(cache.mesh, ROWS)
+    return DecodeState(cache, *(jax.device_put(x.astype(np.int32), sharding) for x in rows))
+
+
+# --- Timing -------------------------------------------------------------------------------------
+
+
+def time_loop(compiled, variables, state: DecodeState, steps: int, runs: int) -> tuple[dict, Pages]:
+    """Microseconds of a step, from `runs` loops after one to warm up; the pages come back."""
+    times = []
+    eos = np.zeros(0, np.int32)
+    for _ in range(runs + 1):
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state, tokens = compiled(variables, state, eos=eos)
+        jax.block_until_ready(tokens)
+        times.append((time.perf_counter() - start) / steps * 1e6)
+    if (np.asarray(tokens) < 0).any():
+        raise RuntimeError("Expected every sequence to run to the end")
+    times = times[1:]
+    figures = {"median_us": statistics.median(times), "min_us": min(times), "max_us": max(times)}
+    return figures, state.cache.pages
+
+
+def programs(arguments: argparse.Namespace, batch: int) -> list[Program]:
+    """All that one batch needs; the pieces that are only for the split last."""
+    layers = arguments.layers
+    parallels = [p for p in arguments.parallel if p != "data" or batch % arguments.devices == 0]
+    whole = [
+        Program(parallel, method, batch, layers)
+        for parallel, method in itertools.product(parallels, arguments.methods)
+    ]
+    base = [Program(parallel, arguments.methods[0], batch, 1) for parallel in parallels]
+    split = [Program(parallel, NO_ATTENTION, batch, layers) for parallel in parallels]
+    if "tensor" in parallels:
+        split.append(Program("share", NO_ATTENTION, batch, layers))
+    return whole + base + split
+
+
+def rows_of(
+    benchmark: Benchmark,
+    times: dict[tuple[Program, int], dict],
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A row for each whole program, with its split and its extrapolation where they were timed."""
+    rows = []
+    for (program, context), figures in times.items():
+        if program.method == NO_ATTENTION or program.layers == 1:
+            continue
+
+        def median(context=context, program=program, **changes) -> float | None:
+            found = times.get((dataclasses.replace(program, **changes), context))
+            return None if found is None else found["median_us"]
+
+        model, variables, cache = benchmark.shapes(program)
+        step = figures["median_us"]
+        row = {
+            "op": "parallel_decode",
+            "model": arguments.model,
+            "method": program.method,
+            "parallel": program.parallel,
+            "devices": cache.mesh.size,
+            "batch": program.batch,
+            "context": context,
+            "page_size": benchmark.page_size,
+            "layers": program.layers,
+            **figures,
+            "runs": arguments.runs,
+            "steps": benchmark.steps,
+            "weight_bytes_per_device": bytes_per_device(variables),
+            "pool_bytes_per_device": bytes_per_device(cache.pages),
+        }
+        bare = median(method=NO_ATTENTION)
+        if bare is not None:
+            row["attention_us"] = step - bare
+            share = median(method=NO_ATTENTION, parallel="share")
+            if program.parallel == "tensor" and share is not None:
+                row |= {"matmuls_us": share, "collectives_us": bare - share}
+            elif program.parallel == "one":
+                row |= {"matmuls_us": bare, "collectives_us": 0.0}
+            else:
+                row["matmuls_us"] = bare
+        first = arguments.methods[0]
+        few, many = median(method=first, layers=1), median(method=first)
+        if few is not None and many is not None:
+            head = few - (many - few) / (program.layers - 1)
+            layer = (step - head) / program.layers
+            total = head + layer * benchmark.config.num_layers
+            row |= {
+                "model_layers": benchmark.config.num_layers,
+                "layer_us": layer,
+                "step_us": total,
+                "tokens_per_s": program.batch / total * 1e6,
+            }
+        rows.append(row)
+    return rows
+
+
+def bytes_per_device(shapes: Any) -> int:
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(shapes)
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--model", default="Qwen3-8B", choices=CONFIGS)
+    arguments.add_argument("--layers", type=int, default=8, help="timed; at least 2")
+    arguments.add_argument("--devices", type=int, default=len(jax.devices()))
+    choices = ["one", "tensor", "data"]
+    arguments.add_argument("--parallel", nargs="+", choices=choices, default=choices)
+    arguments.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1])
+    arguments.add_argument("--context", type=int, nargs="+", default=[4096, 16384])
+    methods = list(METHOD_OPTIONS)
+    arguments.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    arguments.add_argument("--pool-tokens", type=int, default=1 << 20, help="in all pools")
+    arguments.add_argument("--steps", type=int, default=16)
+    arguments.add_argument("--runs", type=int, default=5)
+    arguments.add_argument("--page-size", type=int, default=64)
+    arguments.add_argument("--workers", type=int, default=16, help="that compile")
+    arguments.add_argument("--seconds", type=float, default=1e9, help="start nothing after that")
+    arguments.add_argument("--json", metavar="FILE")
+    arguments = arguments.parse_args()
+    started = time.monotonic()
+    if arguments.layers < 2:
+        sys.exit(f"Expected {arguments.layers=} to be at least 2")
+
+    growth = arguments.steps * (arguments.runs + 2)
+    size = arguments.page_size
+    slack = max(arguments.batch) * (growth + size)
+    benchmark = Benchmark(
+        config=CONFIGS[arguments.model],
+        devices=arguments.devices,
+        page_size=size,
+        pool_tokens=-(-(arguments.pool_tokens + slack) // (size * arguments.devices))
+        * (size * arguments.devices),
+        max_length=max(arguments.context) + growth,
+        steps=arguments.steps,
+    )
+    wanted = [p for batch in arguments.batch for p in programs(arguments, batch)]
+    times: dict[tuple[Program, int], dict] = {}
+    with concurrent.futures.ThreadPoolExecutor(arguments.workers) as executor:
+        futures = {}
+        for program in wanted:
+            lowered = benchmark.lower(program)
+            futures[program] = executor.submit(lowered.compile)
+        print(f"{len(futures)} programs lowered after {time.monotonic() - started:.0f} s")
+        compiled = {program: future.result() for program, future in futures.items()}
+    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+
+    # One set of weights and one pool at a time.
+    order = ["one", "tensor", "share", "data"]
+    wanted.sort(key=lambda p: (order.index(p.parallel), p.layers, p.method))
+    for (parallel, layers), group in itertools.groupby(wanted, lambda p: (p.parallel, p.layers)):
+        variables = None
+        for method, same_pool in itertools.groupby(group, lambda p: p.method):
+            pages = None
+            for program in same_pool:
+                _, weight_shapes, cache = benchmark.shapes(program)
+                variables = variables or random_weights(weight_shapes)
+                pages = pages or random_pages(cache.pages)
+                for context in arguments.context:
+                    if program.batch * context > arguments.pool_tokens:
+                        continue
+                    if time.monotonic() - started > arguments.seconds:
+                        continue
+                    state = filled_state(cache, pages, context, growth)
+                    figures, pages = time_loop(
+                        compiled[program], variables, state, benchmark.steps, arguments.runs
+                    )
+                    del state
+                    times[program, context] = figures
+                    print(program, context, f"{figures['median_us']:.0f} us", flush=True)
+            del pages
+        del variables
+
+    rows = rows_of(benchmark, times, arguments)
+    Console(width=160).print(table_of(rows, arguments.model))
+    if arguments.json:
+        write_results(arguments.json, rows)
+
+
+def table_of(rows: list[dict], model: str) -> Table:
+    head = ["batch", "context", "cache", "devices", "layers", "µs", "attention", "matmuls"]
+    head += ["collectives", "model ms", "tokens/s"]
+    table = Table(*head, title=f"parallel decode, {model}, {describe_device()}")
+    for row in rows:
+        pieces = (row.get(f"{name}_us") for name in ("attention", "matmuls", "collectives"))
+        table.add_row(
+            str(row["batch"]),
+            f"{row['context']:,}",
+            row["method"].upper(),
+            f"{row['devices']} {row['parallel']}",
+            str(row["layers"]),
+            f"{row['median_us']:.0f}",
+            *("" if piece is None else f"{piece:.0f}" for piece in pieces),
+            f"{row['step_us'] / 1e3:.2f}" if "step_us" in row else "",
+            f"{row['tokens_per_s']:,.0f}" if "step_us" in row else "",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
