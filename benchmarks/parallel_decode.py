@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
@@ -228,7 +228,7 @@ def rows_of(
             found = times.get((dataclasses.replace(program, **changes), context))
             return None if found is None else found["median_us"]
 
-        model, variables, cache = benchmark.shapes(program)
+        _, variables, cache = benchmark.shapes(program)
         step = figures["median_us"]
         row = {
             "op": "parallel_decode",
