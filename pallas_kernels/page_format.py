@@ -42,6 +42,9 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 Layout = Literal["paired", "split", "bf16"]
 LAYOUTS: tuple[Layout, ...] = ("paired", "split", "bf16")
 
+# Of what follows. Another number where stored bytes would come to mean something else.
+VERSION = 1
+
 _TINY = float(np.finfo(np.float32).tiny)
 # A factor, because XLA turns a division by a constant into one under jit and not elsewhere.
 _FIFTEENTH = np.float32(1 / 15)

@@ -20,7 +20,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -232,6 +234,13 @@ def split_rows(x: Array, cache: Cache) -> Array:
     if cache.mesh is None:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(cache.mesh, ROWS))
+
+
+def on_host(x: Array) -> np.ndarray:
+    """The values of x, gathered where they lie on several hosts: all of them must ask."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.array(x)
 
 
 def _specs(cache: Cache) -> Cache:

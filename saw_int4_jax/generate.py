@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
-from saw_int4_jax.cache import Cache, extend, last_token, split_rows
+from saw_int4_jax.cache import Cache, extend, last_token, on_host, split_rows
 
 Forward = Callable[..., Any]
 
@@ -137,13 +136,6 @@ def step(
 @functools.partial(jax.jit, static_argnames="forward", donate_argnames="cache")
 def _step(forward, variables, tokens, counts, cache):
     return step(forward, variables, tokens, counts, cache)
-
-
-def on_host(x: Array) -> np.ndarray:
-    """The values of x, gathered where they lie on several hosts: all of them must ask."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.array(x)
 
 
 def _on_the_device_of(variables: Any, cache: Cache) -> Cache:

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import saw_int4_jax as saw
 from saw_int4_jax import sharding
 from saw_int4_jax.cache import AXES
+from saw_int4_jax.checkpoint import load_cache, save_cache
 from saw_int4_jax.models import Llama
 from saw_int4_jax.models.llama import LlamaConfig
 
@@ -27,7 +28,7 @@ CONFIG = LlamaConfig(
     vocab_size=64,
     embed_dim=32,
     mlp_dim=64,
-    num_layers=2,
+    num_layers=1,
     num_heads=8,
     num_kv_heads=4,
     head_dim=16,
@@ -59,12 +60,14 @@ def random_variables():
     return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
-def generate_on(mesh, dtype="int4"):
+def generate_on(mesh, dtype="int4", cache=None, prompts=PROMPTS, **options):
     variables = random_variables()
     if mesh is not None:
         variables = sharding.shard_params(variables, mesh)
-    cache = saw.init_cache(spec_of(dtype), BATCH, max_length=32, mesh=mesh)
-    return saw.generate(FORWARD, variables, PROMPTS, cache, max_new_tokens=10, chunk=8, every=4)
+    if cache is None:
+        cache = saw.init_cache(spec_of(dtype), BATCH, max_length=32, mesh=mesh)
+    options = dict(max_new_tokens=10, chunk=8, every=4) | options
+    return saw.generate(FORWARD, variables, prompts, cache, **options)
 
 
 def start(function, *arguments, devices=1):
@@ -173,35 +176,77 @@ def check_pools_are_separate_caches():
     jax.tree.map(np.testing.assert_array_equal, both, before)
 
 
-def check_eight_devices():
+def check_saved_caches(folder):
+    """Saved on one mesh and loaded on another, sequences go on as if nothing had happened."""
+    path, shape = pathlib.Path(folder, "cache"), (2, 2, 1)
+    cache = saw.init_cache(spec_of(), BATCH, max_length=32, mesh=mesh_of(shape))
+    cache, _ = saw.extend(cache, np.array([9, 5, 0, 0, 8, 1, 3, 3]))
+    bits = np.random.default_rng(0).integers(0, 255, cache.pages.data.shape, np.uint8)
+    data = jax.device_put(bits, cache.pages.data.sharding)
+    cache = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, data=data))
+    cache, ok = saw.share(cache, 0, 2, 8)
+    assert ok
+    save_cache(path, cache)
+    for mesh in (None, mesh_of((1, 4, 2)), mesh_of((4, 2, 1))):
+        loaded = load_cache(path, spec_of(), BATCH, max_length=32, mesh=mesh)
+        np.testing.assert_array_equal(loaded.lengths, cache.lengths)
+        for one, other in zip(pages_of_rows(cache), pages_of_rows(loaded)):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+        if mesh is None:
+            assert loaded.references.max() == 2  # the shared page is still one
+
+
+def pages_of_rows(cache):
+    """The pages of each sequence in order, wherever they lie."""
+    pools = 1 if cache.mesh is None else cache.mesh.shape["data"]
+    table, lengths = np.asarray(cache.page_table), np.asarray(cache.lengths)
+    pages = jax.tree.map(np.asarray, cache.pages)
+    for row, length in enumerate(lengths):
+        pool = row * pools // cache.batch
+        ids = table[row, : -(-length // PAGE_SIZE)] + pool * (cache.pages.num_pages // pools)
+        yield jax.tree.map(lambda x, ids=ids: x[:, ids], pages)
+
+
+def check_eight_devices(folder):
+    check_saved_caches(folder)
     check_same_tokens()
     check_pools_are_separate_caches()
 
 
-def test_eight_devices_generate_what_one_does():
-    assert start("check_eight_devices", devices=8).wait() == 0
+def test_eight_devices_generate_what_one_does(tmp_path):
+    assert start("check_eight_devices", str(tmp_path), devices=8).wait() == 0
 
 
 # --- Two processes --------------------------------------------------------------------------
 
 
-def check_processes(address, count, index):
+def check_processes(address, count, index, folder):
     """In each of `count` processes: what they generate together, they generate alone."""
     jax.distributed.initialize(address, count, index)
     assert jax.process_count() == count
     alone = generate_on(None)
     for data in (1, count):
-        together = generate_on(sharding.make_mesh(CONFIG.num_kv_heads, data=data))
+        mesh = sharding.make_mesh(CONFIG.num_kv_heads, data=data)
+        together = generate_on(mesh)
         assert not together.cache.pages.data.is_fully_addressable
         assert together.tokens == alone.tokens
         assert together.finish == alone.finish
+    path = pathlib.Path(folder, "cache")
+    save_cache(path, together.cache)
+    loaded = load_cache(path, spec_of(), BATCH, max_length=32, mesh=mesh)
+    prompts = [row[-1:] for row in alone.tokens]
+    options = dict(prompts=prompts, sampling=saw.make_sampling(BATCH, seed=1))
+    alone = generate_on(None, cache=alone.cache, **options)
+    assert generate_on(mesh, cache=loaded, **options).tokens == alone.tokens
 
 
-def test_two_processes_generate_what_one_does():
+def test_two_processes_generate_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [start("check_processes", address, 2, index, devices=2) for index in range(2)]
+    processes = [
+        start("check_processes", address, 2, i, str(tmp_path), devices=2) for i in range(2)
+    ]
     try:
         assert [process.wait(300) for process in processes] == [0, 0]
     finally:
