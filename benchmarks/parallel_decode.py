@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,29 +78,8 @@ class Benchmark:
         kv_heads = self.config.num_kv_heads
         return make_mesh(kv_heads, data=pools, devices=jax.devices()[:count])
 
-    def shapes(self, program: Program) -> tuple[Llama, Any, Cache]:
-        """The model, and shapes of its parameters and cache as they lie on the mesh."""
-        config, mesh = self.model_config(program), self.mesh(program.parallel)
-        options: dict[str, Any] = {}
-        method = program.method
-        if method == NO_ATTENTION:
-            method, options["attend"] = "int4", lambda cache, layer, q, k, v, **_: (q, cache)
-        model = Llama(config, dtype=jnp.bfloat16, last_only=True, **options)
-        spec = config.cache_spec(
-            self.pool_tokens // self.page_size, page_size=self.page_size, **METHOD_OPTIONS[method]
-        )
-        cache = jax.eval_shape(lambda: init_cache(spec, program.batch, self.max_length, mesh=mesh))
-        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-
-        def placed(x, sharding):
-            dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
-            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
-
-        variables = jax.tree.map(placed, variables, param_shardings(variables, mesh))
-        return model, variables, jax.tree.map(placed, cache, cache_shardings(cache, mesh))
-
     def lower(self, program: Program) -> jax.stages.Lowered:
-        model, variables, cache = self.shapes(program)
+        model, variables, cache = shapes_of(self, program)
         rows = NamedSharding(cache.mesh, ROWS)
         row = jax.ShapeDtypeStruct((program.batch,), jnp.int32, sharding=rows)
         state = DecodeState(cache, row, row, row)
@@ -107,41 +88,72 @@ class Benchmark:
         )
 
 
+@functools.cache
+def shapes_of(benchmark: Benchmark, program: Program) -> tuple[Llama, Any, Cache]:
+    """The model, and shapes of its parameters and cache as they lie on the mesh."""
+    config, mesh = benchmark.model_config(program), benchmark.mesh(program.parallel)
+    options: dict[str, Any] = {}
+    method = program.method
+    if method == NO_ATTENTION:
+        method, options["attend"] = "int4", lambda cache, layer, q, k, v, **_: (q, cache)
+    model = Llama(config, dtype=jnp.bfloat16, last_only=True, **options)
+    num_pages, size = benchmark.pool_tokens // benchmark.page_size, benchmark.page_size
+    spec = config.cache_spec(num_pages, page_size=size, **METHOD_OPTIONS[method])
+    length = benchmark.max_length
+    cache = jax.eval_shape(lambda: init_cache(spec, program.batch, length, mesh=mesh))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+    def placed(x, sharding):
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+    variables = jax.tree.map(placed, variables, param_shardings(variables, mesh))
+    return model, variables, jax.tree.map(placed, cache, cache_shardings(cache, mesh))
+
+
 # --- Weights and pages, made where they are to lie ---------------------------------------------
 
 
-def made(f, shapes: Any) -> Any:
-    """What `f` returns, laid out as `shapes` say."""
-    return jax.jit(f, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+def hashed(shape: tuple[int, ...]) -> jax.Array:
+    """24 bits of a hash of each place: random enough, and needs no memory beside the result."""
+    primes = 83492791, 73856093, 19349663, 2971215073, 433494437, 28657
+    places = [
+        jax.lax.broadcasted_iota(jnp.uint32, shape, i) * np.uint32(primes[i])
+        for i in range(len(shape))
+    ]
+    mixed = sum(places) * np.uint32(2654435761)
+    return (mixed ^ (mixed >> 15)) >> 8
+
+
+@functools.cache
+def maker(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding, layout: str) -> Callable:
+    """A compiled function without arguments that makes one array."""
+
+    def make():
+        match layout:
+            case "weight":
+                return (hashed(shape).astype(jnp.float32) * (0.08 / 2**24) - 0.04).astype(dtype)
+            case "scales":
+                word = page_format.join_scales(jnp.float32(0.125), jnp.float32(-1.0))
+                return jnp.full(shape, word)
+            case "bf16":  # bits with the exponents of numbers in (-2, 2)
+                data = hashed(shape).astype(dtype)
+                return data & 0x3FFF | (data << 1 & 0x8000)
+        return hashed(shape).astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def random_weights(shapes: Any) -> Any:
-    def draw(leaf):
-        return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype) * 0.02
-
-    return made(lambda: jax.tree.map(draw, shapes), shapes)
+    return jax.tree.map(lambda x: maker(x.shape, x.dtype, x.sharding, "weight")(), shapes)
 
 
 def random_pages(shapes: Pages) -> Pages:
-    """Codes by a hash of their place, which needs no memory beside them."""
-
-    def hashed(leaf):
-        places = [
-            jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, i) * np.uint32(prime)
-            for i, prime in enumerate((83492791, 73856093, 19349663, 2971215073, 433494437, 28657))
-            if i < leaf.ndim
-        ]
-        mixed = sum(places) * np.uint32(2654435761)
-        return (mixed ^ (mixed >> 15)) >> 8
-
-    def make():
-        data = hashed(shapes.data).astype(shapes.data.dtype)
-        if shapes.scales is None:  # bfloat16 bits with the exponents of numbers in (-2, 2)
-            return dataclasses.replace(shapes, data=data & 0x3FFF | (data << 1 & 0x8000))
-        word = page_format.join_scales(jnp.float32(0.125), jnp.float32(-1.0))
-        return dataclasses.replace(shapes, data=data, scales=jnp.full(shapes.scales.shape, word))
-
-    return made(make, shapes)
+    data, scales = shapes.data, shapes.scales
+    made = maker(data.shape, data.dtype, data.sharding, shapes.format.layout)()
+    if scales is not None:
+        scales = maker(scales.shape, scales.dtype, scales.sharding, "scales")()
+    return dataclasses.replace(shapes, data=made, scales=scales)
 
 
 def filled_state(cache: Cache, pages: Pages, context: int, steps: int) -> DecodeState:
@@ -228,7 +240,7 @@ def rows_of(
             found = times.get((dataclasses.replace(program, **changes), context))
             return None if found is None else found["median_us"]
 
-        _, variables, cache = benchmark.shapes(program)
+        _, variables, cache = shapes_of(benchmark, program)
         step = figures["median_us"]
         row = {
             "op": "parallel_decode",
@@ -333,7 +345,7 @@ def main() -> None:
         for method, same_pool in itertools.groupby(group, lambda p: p.method):
             pages = None
             for program in same_pool:
-                _, weight_shapes, cache = benchmark.shapes(program)
+                _, weight_shapes, cache = shapes_of(benchmark, program)
                 variables = variables or random_weights(weight_shapes)
                 pages = pages or random_pages(cache.pages)
                 for context in arguments.context:
@@ -350,11 +362,11 @@ def main() -> None:
                     print(program, context, f"{figures['median_us']:.0f} us", flush=True)
             del pages
         del variables
+        if arguments.json:
+            write_results(arguments.json, rows_of(benchmark, times, arguments))
 
     rows = rows_of(benchmark, times, arguments)
     Console(width=160).print(table_of(rows, arguments.model))
-    if arguments.json:
-        write_results(arguments.json, rows)
 
 
 def table_of(rows: list[dict], model: str) -> Table:

@@ -220,9 +220,9 @@ def test_eight_devices_generate_what_one_does(tmp_path):
 # --- Two processes --------------------------------------------------------------------------
 
 
-def check_processes(address, count, index, folder):
+def check_processes(address, count, index, folder, local_devices=None):
     """In each of `count` processes: what they generate together, they generate alone."""
-    jax.distributed.initialize(address, count, index)
+    jax.distributed.initialize(address, count, index, local_device_ids=local_devices)
     assert jax.process_count() == count
     alone = generate_on(None)
     for data in (1, count):
@@ -238,6 +238,7 @@ def check_processes(address, count, index, folder):
     options = dict(prompts=prompts, sampling=saw.make_sampling(BATCH, seed=1))
     alone = generate_on(None, cache=alone.cache, **options)
     assert generate_on(mesh, cache=loaded, **options).tokens == alone.tokens
+    print(f"process {index} of {count}, {jax.local_devices()}: the tokens of one")
 
 
 def test_two_processes_generate_what_one_does(tmp_path):
