@@ -381,6 +381,95 @@ def accuracy_words() -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def scaling_files() -> list[str]:
+    """Measured decode steps on several devices, one file for each kind and number of them."""
+    found = sorted(RESULTS.glob("*-x[0-9]*/parallel_decode.json"))
+    return [str(path.relative_to(RESULTS)) for path in found]
+
+
+def scaling() -> str:
+    """Decode step on several devices against one of the same machine."""
+    tables = []
+    for name in scaling_files():
+        results = load(name)
+        rows = [row for row in results["rows"] if "step_us" in row]
+        speed = {
+            (r["parallel"], r["method"], r["batch"], r["context"]): r["tokens_per_s"] for r in rows
+        }
+        lines = []
+        for row in rows:
+            key = row["method"], row["batch"], row["context"]
+            one = speed.get(("one", *key))
+            share = row["batch"] // row["devices"]
+            per_device = speed.get(("one", row["method"], share, row["context"]))
+            several, data = row["devices"] > 1, row["parallel"] == "data"
+            pieces = [row.get(f"{piece}_us") for piece in ("attention", "collectives")]
+            # Both are the layers' alone; what is left has the embedding and the logits in it.
+            layers = row["model_layers"] / row["layers"] / 1e3
+            pieces = [None if piece is None else piece * layers for piece in pieces]
+            lines.append(
+                [
+                    str(row["batch"]),
+                    f"{row['context']:,}",
+                    METHODS[row["method"]],
+                    f"{row['devices']}, {row['parallel']}" if several else "1",
+                    f"{row['step_us'] / 1e3:.2f}",
+                    f"{row['tokens_per_s']:,.0f}",
+                    efficiency(row, one) if several else "",
+                    efficiency(row, per_device) if data else "",
+                    *("" if piece is None else f"{piece:.2f}" for piece in pieces),
+                ]
+            )
+        lines.sort(key=lambda x: (int(x[0]), int(x[1].replace(",", "")), x[3], x[2]))
+        head = ["batch", "context", "cache", "GPUs", "step ms", "tokens/s", "efficiency"]
+        head += ["at the same batch per GPU", "attention ms", "collectives ms"]
+        tables.append(markdown(head, lines) + caption(results, name))
+    return "\n".join(tables)
+
+
+def efficiency(row: dict, tokens_per_s: float | None) -> str:
+    """Speed over that of as many separate devices."""
+    if tokens_per_s is None:
+        return ""
+    return f"{row['tokens_per_s'] / tokens_per_s / row['devices']:.0%}"
+
+
+def plan() -> str:
+    """Estimates for larger models on more devices."""
+    results = load("plan/h200.json")
+    cells: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in results["rows"]:
+        cells.setdefault((row["model"], row["devices"]), {})[row["method"]] = row
+    lines = []
+    for (model, devices), methods in cells.items():
+        fitting = [r for r in methods.values() if r["fits"]]
+        splits = dict.fromkeys(f"{r['tensor']} x {r['data']}" for r in fitting)
+        lines.append(
+            [
+                model,
+                str(devices),
+                " / ".join(splits),
+                f"{methods['bdr']['weight_gb_per_device']:.0f}",
+                *(f"{methods[m]['most_sequences']:,}" for m in ("bf16", "bdr")),
+                *(
+                    f"{r['step_us'] / 1e3:.1f} ({r['tokens_per_s']:,.0f})" if r["fits"] else "–"
+                    for r in (methods[m] for m in METHODS)
+                ),
+            ]
+        )
+    head = ["model", "GPUs", "tensor x data", "weights GB/GPU", "BF16 sequences", "INT4 sequences"]
+    head += [f"{name} ms (tokens/s)" for name in METHODS.values()]
+    row = results["rows"][0]
+    basis = (
+        f"\n**Estimates, not measurements**: {row['batch']} sequences of {row['context']:,} tokens "
+        f"for each GPU, {row['memory_gb']:.0f} GB a GPU. Weights at {row['weights_gb_per_s']:,.0f} "
+        f"GB/s ({row['weights_from']}), attention as measured in "
+        "[decode_attention.json](benchmarks/results/h200/decode_attention.json), an all-reduce "
+        f"{row['latency_us']:.0f} µs and {row['link_gb_per_s']:.0f} GB/s ({row['link_from']}).\n"
+    )
+    return markdown(head, lines) + basis + caption(results, "plan/h200.json")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "demo": demo,
@@ -389,6 +478,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu_static": tpu_static,
     "tpu_rotation": tpu_rotation,
     "decode_step": decode_step,
+    "scaling": scaling,
+    "plan": plan,
     "accuracy": accuracy,
     "accuracy_serving": accuracy_serving,
     "accuracy_outliers": accuracy_outliers,
