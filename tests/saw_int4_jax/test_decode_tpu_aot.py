@@ -60,11 +60,11 @@ def lower_on_one(chip, name, method="int4"):
     return trace(forward, *shapes, everywhere).lower(lowering_platforms=("tpu",))
 
 
-def lower_on_four(chip, name):
-    mesh = Mesh(np.array(tpu_aot.devices(chip)).reshape(1, -1, 1), AXES)
+def lower_on_four(chip, name, data=1):
+    mesh = Mesh(np.array(tpu_aot.devices(chip)).reshape(data, -1, 1), AXES)
     everywhere = NamedSharding(mesh, PartitionSpec())
     forward, variables, state = model_and_shapes(name)
-    pools = jax.ShapeDtypeStruct((1,), jnp.int32)
+    pools = jax.ShapeDtypeStruct((data,), jnp.int32)
     cache = dataclasses.replace(state.cache, num_free=pools, mesh=mesh)
     shardings = cache_shardings(cache, mesh)
     rows = placed(dataclasses.replace(state, cache=None), everywhere_like(state, everywhere))
@@ -112,6 +112,11 @@ def test_heads_on_four_chips(chip, name):
     # Four chips of tpu7x are eight devices.
     assert_cache_in_place(compiled, chip, name, devices=len(tpu_aot.devices(chip)))
     assert "all-reduce" in compiled.as_text()
+
+
+def test_pools_and_heads_on_four_chips():
+    compiled = lower_on_four("v5e", "Qwen3-8B", data=2).compile()
+    assert_cache_in_place(compiled, "v5e", "Qwen3-8B", devices=4)
 
 
 def test_export_round_trip():
