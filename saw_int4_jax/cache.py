@@ -224,9 +224,21 @@ def check_mesh(mesh: Mesh, *, kv_heads: int, num_pages: int, batch: int) -> None
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
-    """A `NamedSharding` for each array of a cache, or of its shapes, spread over a mesh."""
-    specs = _specs(dataclasses.replace(cache, mesh=mesh))
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    """A `NamedSharding` for each array of a cache, or of its shapes, spread over a mesh.
+
+    Raises:
+      ValueError: the mesh does not divide an array.
+    """
+    cache = dataclasses.replace(cache, mesh=mesh)
+
+    def sharding(spec: PartitionSpec, x: Array) -> NamedSharding:
+        try:
+            NamedSharding(mesh, spec).shard_shape(x.shape)
+        except ValueError as error:
+            raise ValueError(f"Expected {x.shape=} to be divided by {mesh=} as {spec}") from error
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(sharding, _specs(cache), cache)
 
 
 def split_rows(x: Array, cache: Cache) -> Array:

@@ -241,15 +241,15 @@ def _fill_pages(
 ) -> Pages:
     """Each pool begins with its chosen ones of the saved pages, in the pool's own layout."""
 
+    if saved.format != pages.format:
+        saved = convert(saved, pages.format.layout)
+
     def fill(pages, saved, ids):
-        saved = jax.tree.map(lambda x: x[:, ids], saved)
-        if saved.format != pages.format:
-            saved = convert(saved, pages.format.layout)
-        return jax.tree.map(lambda old, new: old.at[:, : len(ids)].set(new), pages, saved)
+        return jax.tree.map(lambda old, new: old.at[:, : len(ids)].set(new[:, ids]), pages, saved)
 
     if mesh is not None:
         specs = page_specs(pages.format, DATA, HEADS)
-        everywhere = page_specs(saved.format, None, HEADS)
+        everywhere = page_specs(pages.format, None, HEADS)
         fill = jax.shard_map(
             fill, mesh=mesh, in_specs=(specs, everywhere, ROWS), out_specs=specs, check_vma=False
         )
@@ -258,18 +258,14 @@ def _fill_pages(
 
 def _load_pages(path: str | os.PathLike, spec: CacheSpec, mesh: Mesh | None) -> Pages:
     """The saved pages, on each device those of its KV heads."""
-    shapes = jax.eval_shape(spec.init_pages)
-    shardings = jax.tree.map(
-        lambda part: (
-            SingleDeviceSharding(jax.local_devices()[0])
-            if mesh is None
-            else NamedSharding(mesh, part)
-        ),
-        page_specs(spec.format, None, HEADS),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+
+    def placed(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        if mesh is None:
+            return x.update(sharding=SingleDeviceSharding(jax.local_devices()[0]))
+        return x.update(sharding=NamedSharding(mesh, spec))
+
     shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        placed, jax.eval_shape(spec.init_pages), page_specs(spec.format, None, HEADS)
     )
     ocp = _orbax()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
