@@ -63,17 +63,15 @@ def attention_times(device: str) -> dict[str, tuple[float, float]]:
 
 def weight_rate(device: str) -> tuple[float, str]:
     """GB/s at which one GPU's products read weights, and where the figure is from."""
-    rows = [r for r in load(RESULTS / device / "parallel_decode.json") if r["parallel"] == "one"]
-    rows = [r for r in rows if "matmuls_us" in r and r["batch"] <= 64]
+    rows = load(RESULTS / f"{device}-x2" / "parallel_decode.json")
+    rows = [r for r in rows if r["parallel"] == "one" and "matmuls_us" in r and r["batch"] <= 64]
     if not rows:
         read = load(RESULTS / device / "decode_attention.json")
         return max(r["ceiling_gb_per_s"] for r in read), "the read ceiling"
     rates = []
     for row in rows:
-        config = CONFIGS[row["model"]]
-        layers = config.num_layers
+        config = CONFIGS[row["model"]]  # its embedding is looked up, not read
         read = row["weight_bytes_per_device"] - 2 * config.vocab_size * config.embed_dim
-        assert layers >= row["layers"]
         rates.append(read / row["matmuls_us"] / 1e3)
     return float(np.median(rates)), "matrix products of parallel_decode.json"
 
@@ -81,7 +79,12 @@ def weight_rate(device: str) -> tuple[float, str]:
 def link(arguments: argparse.Namespace) -> tuple[float, float, str]:
     """(latency in µs, GB/s, where from) of an all-reduce."""
     points: dict[int, list[float]] = {}
-    for row in load(RESULTS / f"{arguments.device}-x2" / "parallel_decode.json"):
+    kinds = [arguments.device, "h200", "h100"]  # the same NVLink
+    found = [k for k in kinds if (RESULTS / f"{k}-x2" / "parallel_decode.json").exists()]
+    if not found:
+        return arguments.latency_us, arguments.link_gb_per_s, "assumed"
+    measured = f"measured on two {found[0].upper()}"
+    for row in load(RESULTS / f"{found[0]}-x2" / "parallel_decode.json"):
         if row["parallel"] == "tensor" and "collectives_us" in row:
             size = row["batch"] * CONFIGS[row["model"]].embed_dim * 2
             points.setdefault(size, []).append(row["collectives_us"] / (2 * row["layers"] + 1))
@@ -91,8 +94,8 @@ def link(arguments: argparse.Namespace) -> tuple[float, float, str]:
     times = np.array([np.median(points[size]) for size in sizes])
     slope, latency = np.polyfit(sizes, times, 1)
     if slope <= 0:
-        return float(np.median(times)), arguments.link_gb_per_s, "latency measured on two devices"
-    return max(latency, 0.0), 1 / slope / 1e3, "measured on two devices"
+        return float(np.median(times)), arguments.link_gb_per_s, f"latency {measured}"
+    return max(latency, 0.0), 1 / slope / 1e3, measured
 
 
 @functools.cache
