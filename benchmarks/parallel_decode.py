@@ -33,9 +33,9 @@ from pallas_kernels import Pages, page_format
 from saw_int4_jax import Cache, decode, init_cache
 from saw_int4_jax.cache import DATA, ROWS, cache_shardings
 from saw_int4_jax.demo import METHOD_OPTIONS
-from saw_int4_jax.generate import RUNNING, DecodeState
+from saw_int4_jax.generate import RUNNING, DecodeState, Forward
 from saw_int4_jax.models.configs import CONFIGS
-from saw_int4_jax.models.llama import Llama, LlamaConfig
+from saw_int4_jax.models.llama import Llama, LlamaConfig, one_layer_forward
 from saw_int4_jax.results import describe_device, write_results
 from saw_int4_jax.sharding import make_mesh, param_shardings
 
@@ -79,36 +79,46 @@ class Benchmark:
         return make_mesh(kv_heads, data=pools, devices=jax.devices()[:count])
 
     def lower(self, program: Program) -> jax.stages.Lowered:
-        model, variables, cache = shapes_of(self, program)
+        forward, variables, cache = shapes_of(self, program)
         rows = NamedSharding(cache.mesh, ROWS)
         row = jax.ShapeDtypeStruct((program.batch,), jnp.int32, sharding=rows)
         state = DecodeState(cache, row, row, row)
         return decode.lower(
-            model.apply, variables, state, num_steps=self.steps, eos=np.zeros(0, np.int32)
+            forward, variables, state, num_steps=self.steps, eos=np.zeros(0, np.int32)
         )
 
 
+def no_attention(cache: Cache, layer: int, q, k, v, **options):
+    """In place of `attend`. Takes keys and values, or their projections would be left out too."""
+    del layer, options
+    return q + jnp.repeat(k + v, q.shape[2] // k.shape[2], axis=2), cache
+
+
 @functools.cache
-def shapes_of(benchmark: Benchmark, program: Program) -> tuple[Llama, Any, Cache]:
+def weight_shapes(config: LlamaConfig) -> Any:
+    return jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+@functools.cache
+def shapes_of(benchmark: Benchmark, program: Program) -> tuple[Forward, Any, Cache]:
     """The model, and shapes of its parameters and cache as they lie on the mesh."""
     config, mesh = benchmark.model_config(program), benchmark.mesh(program.parallel)
-    options: dict[str, Any] = {}
-    method = program.method
+    method, forward = program.method, one_layer_forward(config, jnp.bfloat16)
     if method == NO_ATTENTION:
-        method, options["attend"] = "int4", lambda cache, layer, q, k, v, **_: (q, cache)
-    model = Llama(config, dtype=jnp.bfloat16, last_only=True, **options)
+        method = "int4"
+        forward = Llama(config, jnp.bfloat16, last_only=True, attend=no_attention).apply
     num_pages, size = benchmark.pool_tokens // benchmark.page_size, benchmark.page_size
     spec = config.cache_spec(num_pages, page_size=size, **METHOD_OPTIONS[method])
     length = benchmark.max_length
     cache = jax.eval_shape(lambda: init_cache(spec, program.batch, length, mesh=mesh))
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    variables = weight_shapes(config)
 
     def placed(x, sharding):
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
 
     variables = jax.tree.map(placed, variables, param_shardings(variables, mesh))
-    return model, variables, jax.tree.map(placed, cache, cache_shardings(cache, mesh))
+    return forward, variables, jax.tree.map(placed, cache, cache_shardings(cache, mesh))
 
 
 # --- Weights and pages, made where they are to lie ---------------------------------------------
@@ -345,8 +355,8 @@ def main() -> None:
         for method, same_pool in itertools.groupby(group, lambda p: p.method):
             pages = None
             for program in same_pool:
-                _, weight_shapes, cache = shapes_of(benchmark, program)
-                variables = variables or random_weights(weight_shapes)
+                _, shapes, cache = shapes_of(benchmark, program)
+                variables = variables or random_weights(shapes)
                 pages = pages or random_pages(cache.pages)
                 for context in arguments.context:
                     if program.batch * context > arguments.pool_tokens:
