@@ -117,13 +117,14 @@ def estimate(
     """A row: one model on `chips` devices, `tensor` to a pool of `batch` sequences."""
     config = CONFIGS[name]
     spec: CacheSpec = config.cache_spec(1, page_size=64, **METHOD_OPTIONS[method])
-    weights = weight_bytes(config)
+    # The embedding is on every device and looked up, not read.
+    embedding = 2 * config.vocab_size * config.embed_dim
+    read = (weight_bytes(config) - embedding) / tensor
+    weights = read + embedding
     per_sequence = spec.bytes_per_token * arguments.context
-    room = arguments.memory_gb * 1e9 * arguments.usable - weights / tensor
+    room = arguments.memory_gb * 1e9 * arguments.usable - weights
     fits = int(max(room, 0) // (per_sequence / tensor))
 
-    embedding = 0 if config.tie_embeddings else 2 * config.vocab_size * config.embed_dim
-    read = (weights - embedding) / tensor
     products = max(read / measured["weights_gb_per_s"] / 1e3, read * batch / arguments.tflops / 1e6)
     call, byte = measured["attention"][method]
     layer_bytes = per_sequence * batch / tensor / config.num_layers
@@ -144,7 +145,7 @@ def estimate(
         "data": chips // tensor,
         "batch": batch * (chips // tensor),
         "context": arguments.context,
-        "weight_gb_per_device": weights / tensor / 1e9,
+        "weight_gb_per_device": weights / 1e9,
         "cache_gb_per_device": per_sequence * batch / tensor / 1e9,
         "fits": batch <= fits,
         "most_sequences": fits * (chips // tensor),

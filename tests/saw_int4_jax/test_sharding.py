@@ -275,9 +275,12 @@ def test_projections_are_split_where_heads_are():
     assert attention["q_norm"]["scale"].spec == PartitionSpec()
     assert mlp["up_proj"]["kernel"].spec == PartitionSpec(None, tensor)
     assert mlp["down_proj"]["kernel"].spec == PartitionSpec(tensor, None)
-    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec(tensor, None)
+    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec()
     assert shardings["lm_head"]["kernel"].spec == PartitionSpec(None, tensor)
     assert shardings["norm"]["scale"].spec == PartitionSpec()
+    tied = {"params": {"embed_tokens": variables["params"]["embed_tokens"]}}
+    shardings = sharding.param_shardings(tied, mesh_of((1, 1, 1)))["params"]
+    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec(tensor, None)
 
 
 def test_devices_that_do_not_divide_the_model():
