@@ -40,6 +40,8 @@ from saw_int4_jax.results import write_results
 RESULTS = pathlib.Path(__file__).parent / "results"
 MODELS = "Qwen3-8B", "Qwen3-32B", "Llama-3.1-70B"
 CHIPS = 1, 2, 4, 8, 16, 32, 64
+# HBM3 and HBM3e by NVIDIA's data sheets.
+DATA_SHEET_GB_PER_S = {"h200": 4800, "h100": 3350}
 HOST = 8  # GPUs that one NVLink switch joins
 
 
@@ -61,9 +63,18 @@ def attention_times(device: str) -> dict[str, tuple[float, float]]:
     return fits
 
 
+def measured_on_two(device: str) -> tuple[str, list[dict[str, Any]]]:
+    """The device kind of which a pair was measured, best this one, and what was."""
+    for kind in (device, *DATA_SHEET_GB_PER_S):
+        rows = load(RESULTS / f"{kind}-x2" / "parallel_decode.json")
+        if rows:
+            return kind, [r for r in rows if "superseded" not in r]
+    return device, []
+
+
 def weight_rate(device: str) -> tuple[float, str]:
     """GB/s at which one GPU's products read weights, and where the figure is from."""
-    rows = load(RESULTS / f"{device}-x2" / "parallel_decode.json")
+    kind, rows = measured_on_two(device)
     rows = [r for r in rows if r["parallel"] == "one" and "matmuls_us" in r and r["batch"] <= 64]
     if not rows:
         read = load(RESULTS / device / "decode_attention.json")
@@ -73,18 +84,17 @@ def weight_rate(device: str) -> tuple[float, str]:
         config = CONFIGS[row["model"]]  # its embedding is looked up, not read
         read = row["weight_bytes_per_device"] - 2 * config.vocab_size * config.embed_dim
         rates.append(read / row["matmuls_us"] / 1e3)
-    return float(np.median(rates)), "matrix products of parallel_decode.json"
+    scale = DATA_SHEET_GB_PER_S[device] / DATA_SHEET_GB_PER_S[kind]
+    scaled = "" if kind == device else ", scaled by the data sheets' bandwidths"
+    return float(np.median(rates)) * scale, f"measured on one {kind.upper()}{scaled}"
 
 
 def link(arguments: argparse.Namespace) -> tuple[float, float, str]:
     """(latency in µs, GB/s, where from) of an all-reduce."""
     points: dict[int, list[float]] = {}
-    kinds = [arguments.device, "h200", "h100"]  # the same NVLink
-    found = [k for k in kinds if (RESULTS / f"{k}-x2" / "parallel_decode.json").exists()]
-    if not found:
-        return arguments.latency_us, arguments.link_gb_per_s, "assumed"
-    measured = f"measured on two {found[0].upper()}"
-    for row in load(RESULTS / f"{found[0]}-x2" / "parallel_decode.json"):
+    kind, rows = measured_on_two(arguments.device)
+    measured = f"measured on two {kind.upper()}"
+    for row in rows:
         if row["parallel"] == "tensor" and "collectives_us" in row:
             size = row["batch"] * CONFIGS[row["model"]].embed_dim * 2
             points.setdefault(size, []).append(row["collectives_us"] / (2 * row["layers"] + 1))
@@ -95,7 +105,7 @@ def link(arguments: argparse.Namespace) -> tuple[float, float, str]:
     slope, latency = np.polyfit(sizes, times, 1)
     if slope <= 0:
         return float(np.median(times)), arguments.link_gb_per_s, f"latency {measured}"
-    return max(latency, 0.0), 1 / slope / 1e3, measured
+    return max(float(latency), 0.0), float(1 / slope / 1e3), measured
 
 
 @functools.cache

@@ -20,7 +20,7 @@ PIECES = "attention", "matmuls", "collectives"
 
 def plot(results: dict[str, Any]) -> Figure:
     """A panel for each batch and context; a bar for each cache and spread, in milliseconds."""
-    rows = [r for r in results["rows"] if "step_us" in r]
+    rows = [r for r in results["rows"] if "step_us" in r and "superseded" not in r]
     panels = sorted({(r["batch"], r["context"]) for r in rows})
     figure = Figure(figsize=(4 * len(panels), 4.5), layout="constrained")
     for axes, (batch, context) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):

@@ -383,7 +383,11 @@ def accuracy_words() -> str:
 
 def scaling_files() -> list[str]:
     """Measured decode steps on several devices, one file for each kind and number of them."""
-    found = sorted(RESULTS.glob("*-x[0-9]*/parallel_decode.json"))
+    found = [
+        path
+        for name in ("parallel_decode.json", "parallel_decode_32b.json")
+        for path in sorted(RESULTS.glob(f"*-x[0-9]*/{name}"))
+    ]
     return [str(path.relative_to(RESULTS)) for path in found]
 
 
@@ -392,7 +396,7 @@ def scaling() -> str:
     tables = []
     for name in scaling_files():
         results = load(name)
-        rows = [row for row in results["rows"] if "step_us" in row]
+        rows = [r for r in results["rows"] if "step_us" in r and "superseded" not in r]
         speed = {
             (r["parallel"], r["method"], r["batch"], r["context"]): r["tokens_per_s"] for r in rows
         }
@@ -400,9 +404,7 @@ def scaling() -> str:
         for row in rows:
             key = row["method"], row["batch"], row["context"]
             one = speed.get(("one", *key))
-            share = row["batch"] // row["devices"]
-            per_device = speed.get(("one", row["method"], share, row["context"]))
-            several, data = row["devices"] > 1, row["parallel"] == "data"
+            several = row["devices"] > 1
             pieces = [row.get(f"{piece}_us") for piece in ("attention", "collectives")]
             # Both are the layers' alone; what is left has the embedding and the logits in it.
             layers = row["model_layers"] / row["layers"] / 1e3
@@ -416,14 +418,18 @@ def scaling() -> str:
                     f"{row['step_us'] / 1e3:.2f}",
                     f"{row['tokens_per_s']:,.0f}",
                     efficiency(row, one) if several else "",
-                    efficiency(row, per_device) if data else "",
                     *("" if piece is None else f"{piece:.2f}" for piece in pieces),
                 ]
             )
         lines.sort(key=lambda x: (int(x[0]), int(x[1].replace(",", "")), x[3], x[2]))
         head = ["batch", "context", "cache", "GPUs", "step ms", "tokens/s", "efficiency"]
-        head += ["at the same batch per GPU", "attention ms", "collectives ms"]
-        tables.append(markdown(head, lines) + caption(results, name))
+        head += ["attention ms", "collectives ms"]
+        row = rows[0]
+        about = (
+            f"{row['model']}, random weights; {row['layers']} of its {row['model_layers']} layers "
+            "were timed, the step of all is extrapolated.\n\n"
+        )
+        tables.append(about + markdown(head, lines) + caption(results, name))
     return "\n".join(tables)
 
 
