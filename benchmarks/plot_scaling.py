@@ -21,7 +21,7 @@ PIECES = "attention", "matmuls", "collectives"
 def plot(results: dict[str, Any]) -> Figure:
     """A panel for each batch and context; a bar for each cache and spread, in milliseconds."""
     rows = [r for r in results["rows"] if "step_us" in r and "superseded" not in r]
-    panels = sorted({(r["batch"], r["context"]) for r in rows})
+    panels = sorted({(r["batch"], r["context"]) for r in rows if r["devices"] > 1})
     figure = Figure(figsize=(4 * len(panels), 4.5), layout="constrained")
     for axes, (batch, context) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         here = [r for r in rows if (r["batch"], r["context"]) == (batch, context)]
@@ -44,6 +44,7 @@ def plot(results: dict[str, Any]) -> Figure:
             else f"{METHODS[r['method']]} 1"
             for r in here
         ]
+        axes.margins(y=0.1)
         axes.set_xticks(range(len(here)), spread, rotation=90)
         axes.set(title=f"batch {batch}, context {context:,}", ylabel="ms a step; tokens/s above")
     for color, piece in zip(("C0", "C7", "C3"), PIECES):
