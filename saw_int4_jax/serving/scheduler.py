@@ -42,7 +42,7 @@ class Limits:
       max_pages: the most pages one sequence may hold.
       rows: the most jobs that hold pages at a time.
       piece: prompt tokens in one row of a prefill call.
-      pieces: rows of a prefill call.
+      pieces: rows of a prefill call, which has one or all of them.
       steps: decode steps of one dispatch.
       mixed_steps: the same while prompts are being read: how long these then wait.
       budget: tokens of one iteration, prefill and decode; decode comes first, but one piece is

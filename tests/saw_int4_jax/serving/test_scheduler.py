@@ -104,18 +104,19 @@ def check_invariants(scheduler: Scheduler) -> None:
 
 
 def check_plan(scheduler: Scheduler, plan, before: dict) -> None:
-    """Rules about who runs and who was preempted; `before` are the active jobs and their pages."""
+    """Who runs and who was preempted. `before` counts the preemptions of jobs that were active."""
     limits = scheduler.limits
     assert len(plan.pieces) <= limits.pieces
     assert all(turn.steps <= limits.steps for turn in plan.turns)
     if limits.budget is not None and len(plan.pieces) > 1:
         used = len(plan.pieces) * limits.piece + sum(turn.steps for turn in plan.turns)
         assert used <= limits.budget
-    victims = [job for job in before if job.state == "waiting"]
-    kept = [job for job in before if job.state in ("prefill", "decode")]
+    victims = [job for job, count in before.items() if job.preemptions > count]
+    kept = [job for job in before if job not in victims and job.state != "finished"]
     if victims:  # the youngest, and only for an older one that is left
         assert kept
         assert max(job.number for job in kept) < min(job.number for job in victims)
+        assert all(job.state == "waiting" for job in victims)  # and not admitted at once
     oldest = min(scheduler.active, key=lambda job: job.number, default=None)
     if oldest is not None and oldest in before:  # the oldest goes on
         running = [x.job for x in (*plan.turns, *plan.pieces)]
@@ -172,7 +173,7 @@ def test_every_job_ends_with_its_own_tokens_and_no_page_is_lost(limits, arrivals
             jobs.append(job)
             if cancel is not None:
                 cancels.append((iteration + cancel, early, job))
-        before = {job: list(job.pages) for job in scheduler.active}
+        before = {job: job.preemptions for job in scheduler.active}
         waiting = list(scheduler.waiting)
         plan = scheduler.plan(float(iteration))
         check_invariants(scheduler)
