@@ -7,6 +7,8 @@ names are those of Hugging Face checkpoints; kernels are [in, out].
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -118,7 +120,7 @@ class DecoderLayer(nn.Module):
             o_bias=c.o_bias,
             qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
-            window=c.window if self.layer >= c.full_layers else None,
+            window=None if c.full_layers and self.layer < c.full_layers else c.window,
             dtype=self.dtype,
             attend=self.attend,
             name="self_attn",
@@ -170,3 +172,44 @@ class Llama(nn.Module):
         else:
             logits = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, name="lm_head")(x)
         return logits.astype(jnp.float32), cache
+
+
+@functools.cache
+def one_layer_forward(
+    config: LlamaConfig, dtype: jnp.dtype | None = None, *, last_only: bool = True
+) -> Callable[..., tuple[Array, Cache]]:
+    """`Llama(config, dtype, last_only).apply` over a cache, whose layers are one function.
+
+    It is traced and lowered once, not once a layer: a deep model reaches the compiler ten times
+    sooner. What is compiled is the same.
+    """
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def apply_layer(params, x, cache, layer, *, config):
+        return DecoderLayer(config, layer, dtype).apply({"params": params}, x, cache)
+
+    windowless = dataclasses.replace(config, window=None, full_layers=0)
+    windowed = dataclasses.replace(config, full_layers=0)
+    embed = nn.Embed(config.vocab_size, config.embed_dim, dtype=dtype)
+    norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype)
+    head = nn.Dense(config.vocab_size, use_bias=False, dtype=dtype)
+
+    def forward(variables, tokens: Int[Array, "B T"], cache: Cache):
+        params = variables["params"]
+        embedding = {"params": params["embed_tokens"]}
+        x = embed.apply(embedding, tokens)
+        for layer in range(config.num_layers):
+            kind = windowless if layer < config.full_layers else windowed
+            x, cache = apply_layer(
+                params[f"layers_{layer}"], x, cache, jnp.int32(layer), config=kind
+            )
+        if last_only:
+            x = last_token(x, cache)
+        x = norm.apply({"params": params["norm"]}, x)
+        if config.tie_embeddings:
+            logits = embed.apply(embedding, x, method="attend")
+        else:
+            logits = head.apply({"params": params["lm_head"]}, x)
+        return logits.astype(jnp.float32), cache
+
+    return forward

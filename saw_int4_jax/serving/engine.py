@@ -334,8 +334,9 @@ class Engine:
         return tokens
 
     def _piece_rows(self, pieces: Sequence[Piece]) -> Rows:
+        size = 1 if len(pieces) == 1 else self.limits.pieces
         return self._rows(
-            self.limits.pieces,
+            size,
             self.limits.piece,
             [(x.job, x.job.tokens[x.start : x.start + x.count], x.count, x.start) for x in pieces],
         )
