@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -197,7 +198,7 @@ def one_layer_forward(
     def forward(variables, tokens: Int[Array, "B T"], cache: Cache):
         params = variables["params"]
         embedding = {"params": params["embed_tokens"]}
-        x = embed.apply(embedding, tokens)
+        x: Any = embed.apply(embedding, tokens)
         for layer in range(config.num_layers):
             kind = windowless if layer < config.full_layers else windowed
             x, cache = apply_layer(
@@ -207,9 +208,9 @@ def one_layer_forward(
             x = last_token(x, cache)
         x = norm.apply({"params": params["norm"]}, x)
         if config.tie_embeddings:
-            logits = embed.apply(embedding, x, method="attend")
+            x = embed.apply(embedding, x, method="attend")
         else:
-            logits = head.apply({"params": params["lm_head"]}, x)
-        return logits.astype(jnp.float32), cache
+            x = head.apply({"params": params["lm_head"]}, x)
+        return x.astype(jnp.float32), cache
 
     return forward
