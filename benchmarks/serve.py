@@ -23,7 +23,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -269,29 +269,35 @@ def figures(cell: Cell, timings: list[Timing], preemptions: int) -> dict[str, An
 # --- Command ----------------------------------------------------------------------------------
 
 
-def compile_all(forward, variables, spec: CacheSpec, limits: Limits, batches, threads: int):
+def compile_all(config: LlamaConfig, limits: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Compiles the programs without a weight or a page, to fill JAX's compilation cache."""
-    cache = jax.eval_shape(lambda: init_cache(spec, limits.rows, limits.max_pages * spec.page_size))
-    table = np.full((max(*batches, limits.pieces), limits.max_pages), -1)
+    forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
+    variables = parameter_shapes(config)
+    longest = max(cell.prompt + cell.new for cell in parse_cells(arguments.cells))
 
-    def compile_one(size: int, width: int) -> str:
-        rows = make_rows(limits, width, [0] * size, [0] * size, table[:size])
+    def compile_one(method: str, size: int, width: int) -> str:
+        spec = pool_spec(config, method, arguments.pool_gb * 1e9, arguments.page_size)
+        cache = jax.eval_shape(lambda: init_cache(spec, max(arguments.batches), longest))
+        max_pages = cache.page_table.shape[1]
+        fixed = Limits(spec.num_pages, spec.page_size, max_pages, cache.batch, **limits)
+        rows = make_rows(fixed, width, [0] * size, [0] * size, np.full((size, max_pages), -1))
         start = time.perf_counter()
         if width > 1:
             lowered = prefill_rows.lower(forward, variables, cache, rows)
         else:
-            lowered = decode_rows.lower(forward, variables, cache, rows, max_steps=limits.steps)
+            lowered = decode_rows.lower(forward, variables, cache, rows, max_steps=fixed.steps)
         traced = time.perf_counter()
         memory = lowered.compile().memory_analysis()
         return (
-            f"{spec.method} {size} x {width}: traced {traced - start:.1f} s, compiled "
+            f"{method} {size} x {width}: traced {traced - start:.1f} s, compiled "
             f"{time.perf_counter() - traced:.1f} s, temporary "
             f"{memory.temp_size_in_bytes / 1e9:.2f} GB"
         )
 
-    shapes = [(limits.pieces, limits.piece), *((batch, 1) for batch in batches)]
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for text in pool.map(lambda shape: compile_one(*shape), shapes):
+    shapes = [(limits["pieces"], limits["piece"]), *((batch, 1) for batch in arguments.batches)]
+    programs = [(method, *shape) for shape in shapes for method in arguments.methods]
+    with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
+        for text in pool.map(lambda program: compile_one(*program), programs):
             print(text, flush=True)
 
 
@@ -329,6 +335,81 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=describe_device())
+    for name in ("requests", "at a time", "pool", "cache", "run"):
+        table.add_column(name)
+    for name in ("job tok/s", "request tok/s", "TTFT s", "E2E s", "p75", "p90", "preempted"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row["op"] == "serve":
+            table.add_row(
+                f"D({row['prompt_tokens']}, {row['new_tokens']})",
+                str(row["concurrency"]),
+                f"{row['pool_bytes'] / 1e9:.0f} GB",
+                row["method"].upper(),
+                row["run"],
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['request_tokens_per_s']:.1f}",
+                f"{row['ttft_ms'] / 1e3:.2f}",
+                f"{row['e2e_s']:.2f}",
+                f"{row['e2e_s_p75']:.2f}",
+                f"{row['e2e_s_p90']:.2f}",
+                str(row["preemptions"]),
+            )
+    Console(width=140).print(table)
+
+
+def run_method(
+    method: str,
+    config: LlamaConfig,
+    variables: Any,
+    limits: dict[str, Any],
+    arguments: argparse.Namespace,
+    elapsed: Callable[[], float],
+) -> list[dict[str, Any]]:
+    """The rows of one cache."""
+    cells, measured = parse_cells(arguments.cells), parse_cells(arguments.measure)
+    longest = max(cell.prompt + cell.new for cell in cells + measured)
+    spec = pool_spec(config, method, arguments.pool_gb * 1e9, arguments.page_size)
+    cache = init_cache(spec, max(arguments.batches), longest)
+    cache = dataclasses.replace(cache, pages=fill(cache.pages))
+    forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
+    engine = Engine(forward, variables, cache, batches=arguments.batches, **limits)
+    del cache
+    costs = measure_costs(engine, longest)
+    print(f"{method}: costs at {elapsed():.0f} s", flush=True)
+    about = {
+        "model": arguments.model,
+        "method": method,
+        "order": spec.format.order,
+        "page_size": spec.page_size,
+        "cache_bytes_per_token": spec.bytes_per_token,
+        **limits,
+    }
+    rows = [{"op": "serve_cost", **about, **cost} for cost in costs.rows()]
+
+    def report(cell: Cell, run: str, num_pages: int, result: tuple[list[Timing], int]) -> None:
+        tokens = num_pages * spec.page_size
+        pool = {"pool_tokens": tokens, "pool_bytes": tokens * spec.bytes_per_token}
+        rows.append({"op": "serve", "run": run, **about, **pool, **figures(cell, *result)})
+
+    for cell in [*measured, *(cell for cell in cells if cell not in measured)]:
+        result = replay(engine.limits, costs, cell, config.vocab_size)
+        report(cell, "replayed", spec.num_pages, result)
+        takes = max(timing.end for timing in result[0])
+        if cell in measured and elapsed() + takes < arguments.seconds:
+            result = measure(engine, cell, config.vocab_size)
+            report(cell, "measured", spec.num_pages, result)
+    for pool_gb in arguments.replay_gb:
+        smaller = pool_spec(config, method, pool_gb * 1e9, spec.page_size).num_pages
+        fewer = dataclasses.replace(engine.limits, num_pages=smaller)
+        for cell in cells:
+            report(cell, "replayed", smaller, replay(fewer, costs, cell, config.vocab_size))
+    print(f"{method}: done at {elapsed():.0f} s", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="Qwen3-8B", help=f"reference, {', '.join(CONFIGS)}")
@@ -336,6 +417,9 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", default=[], metavar="PxN@C,C")
     parser.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=[*METHOD_OPTIONS])
     parser.add_argument("--pool-gb", type=float, default=100.0, help="of each method's pool")
+    parser.add_argument(
+        "--replay-gb", type=float, nargs="*", default=[], help="replay with smaller pools too"
+    )
     parser.add_argument("--page-size", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--piece", type=int, default=256)
@@ -350,75 +434,28 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
 
+    def elapsed() -> float:
+        return time.perf_counter() - started
+
     bundled = arguments.model == "reference"
     config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[arguments.model]
-    cells, measured = parse_cells(arguments.cells), parse_cells(arguments.measure)
-    longest = max(cell.prompt + cell.new for cell in cells + measured)
-    batches = sorted(arguments.batches)
-    forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
-    shapes = parameter_shapes(config)
-    variables = shapes if arguments.compile_only else random_weights(config)
+    limits = dict(
+        piece=arguments.piece,
+        pieces=arguments.pieces,
+        steps=arguments.steps,
+        mixed_steps=arguments.mixed_steps,
+        reserve=1.0,  # answers are as long as they may be
+    )
+    if arguments.compile_only:
+        compile_all(config, limits, arguments)
+        return
+    variables = random_weights(config)
     rows: list[dict[str, Any]] = []
-    table = Table("requests", "at a time", "cache", "run", title=describe_device())
-    for name in ("job tok/s", "request tok/s", "TTFT s", "E2E s", "p75", "p90", "preempted"):
-        table.add_column(name, justify="right")
     for method in arguments.methods:
-        spec = pool_spec(config, method, arguments.pool_gb * 1e9, arguments.page_size)
-        limits = dict(
-            piece=arguments.piece,
-            pieces=arguments.pieces,
-            steps=arguments.steps,
-            mixed_steps=arguments.mixed_steps,
-            reserve=1.0,  # answers are as long as they may be
-        )
-        if arguments.compile_only:
-            max_pages = -(-longest // spec.page_size)
-            fixed = Limits(spec.num_pages, spec.page_size, max_pages, batches[-1], **limits)
-            compile_all(forward, shapes, spec, fixed, batches, arguments.threads)
-            continue
-        cache = init_cache(spec, batches[-1], longest)
-        cache = dataclasses.replace(cache, pages=fill(cache.pages))
-        engine = Engine(forward, variables, cache, batches=batches, **limits)
-        del cache
-        costs = measure_costs(engine, longest)
-        about = {
-            "model": arguments.model,
-            "method": method,
-            "order": spec.format.order,
-            "pool_bytes": spec.num_pages * spec.page_size * spec.bytes_per_token,
-            "pool_tokens": spec.num_pages * spec.page_size,
-            "page_size": spec.page_size,
-            **limits,
-        }
-        rows += [{"op": "serve_cost", **about, **cost} for cost in costs.rows()]
-        print(f"{method}: costs at {time.perf_counter() - started:.0f} s", flush=True)
-        for cell in [*measured, *(cell for cell in cells if cell not in measured)]:
-            runs = {"replayed": replay(engine.limits, costs, cell, config.vocab_size)}
-            takes = max(timing.end for timing in runs["replayed"][0])
-            if cell in measured and time.perf_counter() - started + takes < arguments.seconds:
-                runs["measured"] = measure(engine, cell, config.vocab_size)
-            for run, result in runs.items():
-                row = {"op": "serve", "run": run, **about, **figures(cell, *result)}
-                rows.append(row)
-                table.add_row(
-                    f"D({cell.prompt}, {cell.new})",
-                    str(cell.concurrency),
-                    method.upper(),
-                    run,
-                    f"{row['tokens_per_s']:.0f}",
-                    f"{row['request_tokens_per_s']:.1f}",
-                    f"{row['ttft_ms'] / 1e3:.2f}",
-                    f"{row['e2e_s']:.2f}",
-                    f"{row['e2e_s_p75']:.2f}",
-                    f"{row['e2e_s_p90']:.2f}",
-                    str(row["preemptions"]),
-                )
+        rows += run_method(method, config, variables, limits, arguments, elapsed)
         if arguments.json:
             write_results(arguments.json, rows)
-        print(f"{method}: done at {time.perf_counter() - started:.0f} s", flush=True)
-        del engine  # and its pool
-    if rows:
-        Console(width=120).print(table)
+    show(rows)
     if arguments.plot:
         pathlib.Path(arguments.plot).parent.mkdir(parents=True, exist_ok=True)
         plot(rows, arguments.plot)
