@@ -269,11 +269,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every program, so that the first requests do not wait for it."""
-        for _ in range(2):  # a sharded cache comes back under another name of its sharding
-            for pieces in {1, self.limits.pieces}:
-                self._prefill(self._rows(pieces, self.limits.piece, []))
-            for batch in self.batches:
-                self._decode(self._rows(batch, 1, []))
+        for pieces in {1, self.limits.pieces}:
+            self._prefill(self._rows(pieces, self.limits.piece, []))
+        for batch in self.batches:
+            self._decode(self._rows(batch, 1, []))
         jax.block_until_ready(self._cache)
 
     def status(self) -> dict[str, Any]:
