@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import textwrap
 import threading
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saw_int4_jax import generate, init_cache, make_sampling
+from saw_int4_jax import generate, init_cache, make_sampling, serving
 from saw_int4_jax.models.llama import Llama, LlamaConfig
 from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.serving import Engine, Overloaded, Request
@@ -76,6 +77,13 @@ def alone(prompt: tuple[int, ...], **sampling) -> list[int]:
 
 def expected(prompt, count, **sampling) -> list[int]:
     return alone(tuple(prompt), **sampling)[:count]
+
+
+@pytest.mark.slow
+def test_the_example_runs(capsys):
+    example = textwrap.dedent(serving.__doc__.partition("model:\n")[2].partition("`server`")[0])
+    exec(example, {})
+    assert "'finished': {'length'" in capsys.readouterr().out
 
 
 # --- Tokens do not depend on what else runs ---------------------------------------------------
