@@ -291,7 +291,8 @@ def compile_all(config: LlamaConfig, limits: dict[str, Any], arguments: argparse
         return (
             f"{method} {size} x {width}: traced {traced - start:.1f} s, compiled "
             f"{time.perf_counter() - traced:.1f} s, temporary "
-            f"{memory.temp_size_in_bytes / 1e9:.2f} GB"
+            f"{memory.temp_size_in_bytes / 1e9:.2f} GB, copied "
+            f"{(memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9:.2f} GB"
         )
 
     shapes = [(limits["pieces"], limits["piece"]), *((batch, 1) for batch in arguments.batches)]
