@@ -98,17 +98,17 @@ def random_weights(config: LlamaConfig) -> Any:
 @functools.partial(jax.jit, donate_argnames="pages")
 def fill(pages: Pages) -> Pages:
     """Pages with noise in place of nothing: what the chip does with zeros is no measure."""
-    data = jnp.zeros(pages.data.shape, jnp.uint32)
+    noise = jnp.zeros(pages.data.shape, jnp.uint32)
     for axis, factor in enumerate((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)):
-        index = lax.broadcasted_iota(jnp.uint32, data.shape, data.ndim - 1 - axis)
-        data = (data ^ index) * jnp.uint32(factor)
-    data = (data >> 13).astype(pages.data.dtype)
+        index = lax.broadcasted_iota(jnp.uint32, noise.shape, noise.ndim - 1 - axis)
+        noise = (noise ^ index) * jnp.uint32(factor)
+    # What is there takes part: an argument that nobody reads cannot be written in place.
+    data = pages.data ^ (noise >> 13).astype(pages.data.dtype)
     scales = pages.scales
     if scales is None:  # bfloat16 bits with the exponents of numbers in (-2, 2)
         data = data & 0x3FFF | (data << 1 & 0x8000)
     else:
-        word = page_format.join_scales(jnp.float32(0.125), jnp.float32(-1.0))
-        scales = jnp.full(scales.shape, word)
+        scales = scales | page_format.join_scales(jnp.float32(0.125), jnp.float32(-1.0))
     return dataclasses.replace(pages, data=data, scales=scales)
 
 
