@@ -19,6 +19,8 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import gc
+import json
 import pathlib
 import re
 import statistics
@@ -46,6 +48,9 @@ from saw_int4_jax.serving import Engine, Request, Timing, summarize
 from saw_int4_jax.serving.engine import MAX_STOP_TOKENS
 from saw_int4_jax.serving.programs import Rows, decode_rows, prefill_rows
 from saw_int4_jax.serving.scheduler import Limits, Piece, Scheduler, Turn
+
+# Of a row `serve_cost` alone.
+COST_KEYS = ("op", "call", "position", "batch", "cached_tokens", "seconds")
 
 CELLS = ["256x1024@32,64,128,256", "16384x1024@8,16,32,64,128"]
 
@@ -169,6 +174,16 @@ class Costs:
                 for tokens, seconds in points
             ]
         return found
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Costs:
+        prefill = [(row["position"], row["seconds"]) for row in rows if row["call"] == "prefill"]
+        decode: dict[int, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["call"] == "decode_step":
+                point = row["cached_tokens"], row["seconds"]
+                decode.setdefault(row["batch"], []).append(point)
+        return cls(sorted(prefill), decode)
 
 
 def measure_costs(engine: Engine, longest: int, *, runs: int = 3) -> Costs:
@@ -299,7 +314,7 @@ def compile_all(config: LlamaConfig, limits: dict[str, Any], arguments: argparse
 
     shapes = [(limits["pieces"], limits["piece"]), *((batch, 1) for batch in arguments.batches)]
     programs = [(method, *shape) for shape in shapes for method in arguments.methods]
-    with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(1, arguments.threads)) as pool:
         for text in pool.map(lambda program: compile_one(*program), programs):
             print(text, flush=True)
 
@@ -312,6 +327,8 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["op"] == "serve"]
+    largest = max(row["pool_bytes"] for row in rows)
+    rows = [row for row in rows if row["pool_bytes"] > 0.98 * largest]
     lengths = sorted({(row["prompt_tokens"], row["new_tokens"]) for row in rows})
     figure, axes = pyplot.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False)
     for ax, (prompt, new) in zip(axes[0], lengths):
@@ -363,7 +380,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def run_method(
+def device_rows(
     method: str,
     config: LlamaConfig,
     variables: Any,
@@ -371,7 +388,7 @@ def run_method(
     arguments: argparse.Namespace,
     elapsed: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """The rows of one cache."""
+    """What is measured of one cache: costs, and the cells that run."""
     cells, measured = parse_cells(arguments.cells), parse_cells(arguments.measure)
     longest = max(cell.prompt + cell.new for cell in cells + measured)
     spec = pool_spec(config, method, arguments.pool_gb * 1e9, arguments.page_size)
@@ -380,37 +397,66 @@ def run_method(
     forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
     engine = Engine(forward, variables, cache, batches=arguments.batches, **limits)
     del cache
-    costs = measure_costs(engine, longest)
-    print(f"{method}: costs at {elapsed():.0f} s", flush=True)
     about = {
         "model": arguments.model,
         "method": method,
         "order": spec.format.order,
-        "page_size": spec.page_size,
         "cache_bytes_per_token": spec.bytes_per_token,
+        "page_size": spec.page_size,
+        "max_pages": engine.limits.max_pages,
+        "rows": engine.limits.rows,
         **limits,
+        **pool_size(spec.num_pages, spec),
     }
+    costs = measure_costs(engine, longest, runs=arguments.runs)
+    print(f"{method}: costs at {elapsed():.0f} s", flush=True)
     rows = [{"op": "serve_cost", **about, **cost} for cost in costs.rows()]
-
-    def report(cell: Cell, run: str, num_pages: int, result: tuple[list[Timing], int]) -> None:
-        tokens = num_pages * spec.page_size
-        pool = {"pool_tokens": tokens, "pool_bytes": tokens * spec.bytes_per_token}
-        rows.append({"op": "serve", "run": run, **about, **pool, **figures(cell, *result)})
-
-    for cell in [*measured, *(cell for cell in cells if cell not in measured)]:
-        result = replay(engine.limits, costs, cell, config.vocab_size)
-        report(cell, "replayed", spec.num_pages, result)
-        takes = max(timing.end for timing in result[0])
-        if cell in measured and elapsed() + takes < arguments.seconds:
+    for cell in measured:
+        takes = max(x.end for x in replay(engine.limits, costs, cell, config.vocab_size)[0])
+        if elapsed() + takes < arguments.seconds:
             result = measure(engine, cell, config.vocab_size)
-            report(cell, "measured", spec.num_pages, result)
-    for pool_gb in arguments.replay_gb:
-        smaller = pool_spec(config, method, pool_gb * 1e9, spec.page_size).num_pages
-        fewer = dataclasses.replace(engine.limits, num_pages=smaller)
-        for cell in cells:
-            report(cell, "replayed", smaller, replay(fewer, costs, cell, config.vocab_size))
+            rows.append({"op": "serve", "run": "measured", **about, **figures(cell, *result)})
     print(f"{method}: done at {elapsed():.0f} s", flush=True)
     return rows
+
+
+def pool_size(num_pages: int, spec: CacheSpec) -> dict[str, int]:
+    tokens = num_pages * spec.page_size
+    return {"pool_tokens": tokens, "pool_bytes": tokens * spec.bytes_per_token}
+
+
+def replayed_rows(
+    measured: Sequence[dict[str, Any]], cells: Sequence[Cell], pools_gb: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Every cell, and those that were measured, by the measured costs, in pools of these sizes."""
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in measured):
+        mine = [row for row in measured if row["method"] == method]
+        of_costs = [row for row in mine if row["op"] == "serve_cost"]
+        costs, about = Costs.from_rows(of_costs), of_costs[0]
+        config = model_config(about["model"])
+        ran = [
+            Cell(row["prompt_tokens"], row["new_tokens"], row["concurrency"])
+            for row in mine
+            if row["op"] == "serve"
+        ]
+        names = "page_size", "max_pages", "rows", "piece", "pieces", "steps", "mixed_steps"
+        fixed = {name: about[name] for name in (*names, "reserve")}
+        for pool_gb in (about["pool_bytes"] / 1e9, *pools_gb):
+            spec = pool_spec(config, method, pool_gb * 1e9, about["page_size"])
+            limits = Limits(num_pages=spec.num_pages, **fixed)
+            here = cells if pool_gb in pools_gb else list(dict.fromkeys([*ran, *cells]))
+            for cell in here:
+                result = replay(limits, costs, cell, config.vocab_size)
+                kept = {k: v for k, v in about.items() if k not in COST_KEYS}
+                size = pool_size(spec.num_pages, spec)
+                row = {"op": "serve", "run": "replayed", **kept, **size}
+                rows.append(row | figures(cell, *result))
+    return rows
+
+
+def model_config(name: str) -> LlamaConfig:
+    return read_config(REFERENCE_MODEL) if name == "reference" else CONFIGS[name]
 
 
 def main() -> None:
@@ -430,8 +476,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--mixed-steps", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1e9, help="measure no cell past this")
+    parser.add_argument("--runs", type=int, default=3, help="of each timing")
     parser.add_argument("--compile-only", action="store_true", help="needs no memory")
-    parser.add_argument("--threads", type=int, default=4, help="of --compile-only")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="compile first, so many programs at a time"
+    )
+    parser.add_argument(
+        "--replay", metavar="FILE", help="measure nothing, replay what this file measured"
+    )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     arguments = parser.parse_args()
@@ -440,8 +492,6 @@ def main() -> None:
     def elapsed() -> float:
         return time.perf_counter() - started
 
-    bundled = arguments.model == "reference"
-    config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[arguments.model]
     limits = dict(
         piece=arguments.piece,
         pieces=arguments.pieces,
@@ -449,15 +499,27 @@ def main() -> None:
         mixed_steps=arguments.mixed_steps,
         reserve=1.0,  # answers are as long as they may be
     )
-    if arguments.compile_only:
-        compile_all(config, limits, arguments)
-        return
-    variables = random_weights(config)
     rows: list[dict[str, Any]] = []
-    for method in arguments.methods:
-        rows += run_method(method, config, variables, limits, arguments, elapsed)
-        if arguments.json:
-            write_results(arguments.json, rows)
+    if arguments.replay:
+        results = json.loads(pathlib.Path(arguments.replay).read_text())
+        rows = [row for row in results["rows"] if row.get("run") != "replayed"]
+    else:
+        config = model_config(arguments.model)
+        if arguments.threads:
+            compile_all(config, limits, arguments)
+            print(f"compiled at {elapsed():.0f} s", flush=True)
+        if arguments.compile_only:
+            return
+        variables = random_weights(config)
+        for method in arguments.methods:
+            rows += device_rows(method, config, variables, limits, arguments, elapsed)
+            gc.collect()  # the pool goes before the next one comes
+            if arguments.json:
+                write_results(arguments.json, rows)
+    rows += replayed_rows(rows, parse_cells(arguments.cells), arguments.replay_gb)
+    if arguments.json:
+        made = results["meta"] if arguments.replay else None
+        write_results(arguments.json, rows, made)
     show(rows)
     if arguments.plot:
         pathlib.Path(arguments.plot).parent.mkdir(parents=True, exist_ok=True)
