@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import gc
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -405,6 +406,7 @@ def device_rows(
         "page_size": spec.page_size,
         "max_pages": engine.limits.max_pages,
         "rows": engine.limits.rows,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **limits,
         **pool_size(spec.num_pages, spec),
     }
