@@ -23,8 +23,9 @@ The engine in fifteen lines, here with the bundled model:
 `server` puts an OpenAI-compatible HTTP interface before it; its imports need the extra `serve`.
 """
 
-from saw_int4_jax.serving.engine import Engine, Request, Response
+from saw_int4_jax.serving.engine import Engine
 from saw_int4_jax.serving.metrics import Metrics, Timing, summarize
+from saw_int4_jax.serving.request import Request, Response
 from saw_int4_jax.serving.scheduler import Limits, Overloaded, Scheduler
 
 __all__ = [

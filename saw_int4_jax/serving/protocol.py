@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saw_int4_jax.models.tokenizer import Tokenizer
-from saw_int4_jax.serving.engine import Request, Response
+from saw_int4_jax.serving.request import Request, Response
 
 MAX_CHOICES = 128
 

@@ -28,9 +28,10 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from saw_int4_jax.serving import protocol
-from saw_int4_jax.serving.engine import Engine, Response
+from saw_int4_jax.serving.engine import Engine
 from saw_int4_jax.serving.metrics import Timing
 from saw_int4_jax.serving.protocol import Ask, Refused, Served
+from saw_int4_jax.serving.request import Response
 from saw_int4_jax.serving.scheduler import Overloaded
 
 LOG = logging.getLogger(__name__)

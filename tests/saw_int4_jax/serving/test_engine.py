@@ -103,11 +103,11 @@ def test_many_requests_at_once():
 
 def test_an_unquantized_cache():
     """With itself alone, since `alone` uses BDR."""
-    method = "bf16"
-    prompts = [text(0, 17), text(0, 9), text(1, 14)]
-    together = make_engine(method).generate([Request(p, 12) for p in prompts])
+    prompts, shapes = [text(0, 17), text(0, 9), text(1, 14)], dict(pieces=1, batches=[4])
+    together = make_engine("bf16", **shapes).generate([Request(p, 12) for p in prompts])
     for prompt, response in zip(prompts, together):
-        (single,) = make_engine(method, reuse=False).generate([Request(prompt, 12)])
+        engine = make_engine("bf16", reuse=False, **shapes)
+        (single,) = engine.generate([Request(prompt, 12)])
         assert response.tokens == single.tokens
 
 
