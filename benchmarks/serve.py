@@ -16,6 +16,7 @@ that is to be trusted.
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -330,7 +331,11 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     rows = [row for row in rows if row["op"] == "serve"]
     largest = max(row["pool_bytes"] for row in rows)
     rows = [row for row in rows if row["pool_bytes"] > 0.98 * largest]
-    lengths = sorted({(row["prompt_tokens"], row["new_tokens"]) for row in rows})
+    seen = collections.Counter(
+        {(row["prompt_tokens"], row["new_tokens"], row["concurrency"]) for row in rows}
+    )
+    several = collections.Counter(cell[:2] for cell in seen)
+    lengths = sorted(cell for cell, count in several.items() if count > 1)
     figure, axes = pyplot.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False)
     for ax, (prompt, new) in zip(axes[0], lengths):
         for method, color in zip(METHOD_OPTIONS, ("tab:gray", "tab:orange", "tab:blue")):
