@@ -178,6 +178,49 @@ def tpu_rotation() -> str:
     return markdown(head, rows) + caption(results, "tpu7x/static.json")
 
 
+# --- Serving ----------------------------------------------------------------------------------
+
+
+def serve(file: str = "h200/serve.json", pool: int = 0) -> str:
+    """Jobs of one pool size over concurrency; `pool` counts from the largest."""
+    results = load(file)
+    found = [row for row in results["rows"] if row["op"] == "serve"]
+    sizes = sorted({round(row["pool_bytes"] / 1e9) for row in found}, reverse=True)
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in found:
+        if round(row["pool_bytes"] / 1e9) == sizes[pool]:
+            key = (row["prompt_tokens"], row["new_tokens"], row["concurrency"], row["run"])
+            cells.setdefault(key, {})[row["method"]] = row
+
+    def each(methods: dict[str, dict], name: str, digits: int, scale: float = 1) -> str:
+        values = (methods[method][name] / scale for method in METHODS if method in methods)
+        return " / ".join(f"{value:,.{digits}f}" for value in values)
+
+    rows = [
+        [
+            f"D({prompt:,}, {new:,})",
+            str(concurrency),
+            run,
+            each(methods, "tokens_per_s", 0),
+            *(
+                f"{methods['bdr']['tokens_per_s'] / methods[other]['tokens_per_s']:.2f}x"
+                for other in ("bf16", "int4")
+            ),
+            each(methods, "request_tokens_per_s", 1),
+            each(methods, "ttft_ms", 1, 1e3),
+            each(methods, "e2e_s", 1),
+            each(methods, "e2e_s_p75", 1),
+            each(methods, "e2e_s_p90", 1),
+        ]
+        for (prompt, new, concurrency, run), methods in sorted(cells.items())
+        if len(methods) == len(METHODS)
+    ]
+    head = ["requests", "at once", "run", "tokens/s of the job", "BDR to BF16", "to INT4"]
+    head += ["tokens/s of a request", "TTFT s", "E2E s", "p75", "p90"]
+    words = f"Pools of {sizes[pool]} GB; figures are BF16 / INT4 / BDR.\n\n"
+    return words + markdown(head, rows) + caption(results, file)
+
+
 # --- Accuracy ---------------------------------------------------------------------------------
 
 ACCURACY = "accuracy/reference.json"

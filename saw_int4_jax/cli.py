@@ -1,4 +1,4 @@
-"""The command line: `saw-int4 demo`, `generate`, `evaluate`, `info`."""
+"""The command line: `saw-int4 demo`, `generate`, `evaluate`, `serve`, `info`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from saw_int4_jax.models import Model, load_model
 from saw_int4_jax.models.llama import Llama
 from saw_int4_jax.results import describe_device, write_results
 from saw_int4_jax.rotation import fold_values
+from saw_int4_jax.serving import command as serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
         help="inject an outlier pair this much larger into the keys, exactly; 1: none",
     )
     command.set_defaults(run=run_evaluate)
+
+    command = commands.add_parser("serve", help="an OpenAI-compatible server; needs [serve]")
+    serve.add_arguments(command)
 
     command = commands.add_parser("info", help="versions, devices, and what a model's cache takes")
     command.add_argument(

@@ -69,7 +69,7 @@ def make_sampling(
         values = np.asarray(value)
         if values.shape not in ((), (batch,)) or not np.all(valid(values)):
             raise ValueError(f"Expected {name}={value} to be {what}, one or {batch} of them")
-        return jnp.asarray(np.broadcast_to(values, (batch,)), dtype)
+        return jnp.asarray(np.broadcast_to(values, (batch,)).astype(dtype))
 
     seeds = np.asarray(seed) + (np.arange(batch) if np.ndim(seed) == 0 else 0)
     at_least_zero = "finite and at least 0"

@@ -41,10 +41,12 @@ def meta() -> dict[str, str]:
     }
 
 
-def write_results(path: str | pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows with their meta as JSON, a row a line."""
+def write_results(
+    path: str | pathlib.Path, rows: Sequence[dict[str, Any]], made: dict[str, str] | None = None
+) -> None:
+    """Writes rows with their meta as JSON, a row a line; `made` is the meta of older rows."""
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    text = f'{{\n "meta": {json.dumps(meta(), indent=2)},\n "rows": [\n  {lines}\n ]\n}}\n'
+    text = f'{{\n "meta": {json.dumps(made or meta(), indent=2)},\n "rows": [\n  {lines}\n ]\n}}\n'
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

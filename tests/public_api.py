@@ -39,6 +39,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "saw_int4_jax.nn.linen": None,
     "saw_int4_jax.nn.nnx": None,
     "saw_int4_jax.rotation": None,
+    "saw_int4_jax.serving": None,
     "saw_int4_jax.sharding": None,
 }
 
