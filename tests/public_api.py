@@ -30,6 +30,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "pallas_kernels.page_format": None,
     "pallas_kernels.tuning": None,
     "saw_int4_jax": None,
+    "saw_int4_jax.checkpoint": None,
     "saw_int4_jax.comparison": ("evaluate_model",),
     "saw_int4_jax.evaluate": None,
     "saw_int4_jax.generate": None,
@@ -38,6 +39,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "saw_int4_jax.nn.linen": None,
     "saw_int4_jax.nn.nnx": None,
     "saw_int4_jax.rotation": None,
+    "saw_int4_jax.serving": None,
     "saw_int4_jax.sharding": None,
 }
 
