@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import copies, read_ceiling, time_chain
+from benchmarks.timing import copies, device_kernels, read_ceiling, time_chain
 from pallas_kernels import PageFormat, Pages, init_pages, page_format
 from saw_int4_jax.results import describe_device, write_results
 
@@ -24,11 +24,11 @@ SHAPES = ["1x32768", "8x16384", "32x8192", "64x4096", "128x2048", "256x1024"]
 
 
 def formats(head_dim: int) -> dict[str, PageFormat]:
-    order = page_format.largest_order(head_dim)
+    layout, order = page_format.preferred_layout(), page_format.largest_order(head_dim)
     return {
         "bf16": PageFormat("bf16"),
-        "int4": PageFormat("split"),
-        "bdr": PageFormat("split", order),
+        "int4": PageFormat(layout),
+        "bdr": PageFormat(layout, order),
     }
 
 
@@ -64,15 +64,18 @@ def paged_chain(
     q_heads: int,
     queries: int = 1,
     blocks=None,
-    implementation: str = "triton",
+    implementation: str | None = None,
 ) -> tuple:
     """What `time_chain` takes: calls of `paged_attention`, each a layer further."""
+    implementation = implementation or device_kernels()
     kernels = importlib.import_module(f"pallas_kernels.{implementation}.attention")
     batch = len(table)
     q = jax.random.normal(
         jax.random.key(1), (batch, queries, q_heads, pages.head_dim), jnp.bfloat16
     )
-    options = dict(causal=True, window=None, soft_cap=None, sinks=None, blocks=blocks)
+    options = dict(causal=True, window=None, soft_cap=None, sinks=None)
+    if blocks is not None:
+        options["blocks"] = blocks
 
     def step(i, q, data):
         pages, table, lengths, query_lengths = data
@@ -110,18 +113,23 @@ def time_cudnn(
 
 
 def main() -> None:
+    on_gpu = jax.default_backend() == "gpu"
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BATCHxCONTEXT")
     arguments.add_argument("--q-heads", type=int, default=32)
     arguments.add_argument("--kv-heads", type=int, default=8)
     arguments.add_argument("--head-dim", type=int, default=128)
-    arguments.add_argument("--page-size", type=int, default=64)
+    arguments.add_argument("--page-size", type=int, default=64 if on_gpu else 128)
     arguments.add_argument(
         "--ragged", action="store_true", help="half of the sequences at a tenth of the context"
     )
-    arguments.add_argument("--methods", nargs="+", default=["bf16", "int4", "bdr", "cudnn"])
+    peers = ["cudnn"] if on_gpu else []
+    arguments.add_argument("--methods", nargs="+", default=["bf16", "int4", "bdr", *peers])
     arguments.add_argument(
-        "--implementation", nargs="+", default=["triton"], choices=["triton", "mosaic_gpu"]
+        "--implementation",
+        nargs="+",
+        default=[device_kernels()],
+        choices=["triton", "mosaic_gpu", "mosaic_tpu"],
     )
     arguments.add_argument("--length", type=int, default=32, help="calls in one compiled loop")
     arguments.add_argument("--runs", type=int, default=15)

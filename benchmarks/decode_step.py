@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import page_format
+from pallas_kernels.implementation import KERNELS
 from saw_int4_jax import Cache, CacheSpec, decode, init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS, REFERENCE_MODEL
 from saw_int4_jax.generate import RUNNING, DecodeState
@@ -161,7 +162,7 @@ def main() -> None:
                     rows.append(
                         {
                             "op": "decode_step",
-                            "implementation": "xla",
+                            "implementation": KERNELS.get(jax.default_backend(), ("xla",))[0],
                             "model": arguments.model,
                             "method": method,
                             "order": spec.format.order,

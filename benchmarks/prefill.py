@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.decode_attention import formats, paged_chain, random_pages
-from benchmarks.timing import time_chain
+from benchmarks.timing import device_kernels, time_chain
 from pallas_kernels.triton import prefill
 from saw_int4_jax.results import describe_device, write_results
 
@@ -55,8 +55,10 @@ def main() -> None:
     arguments.add_argument("--q-heads", type=int, default=32)
     arguments.add_argument("--kv-heads", type=int, default=8)
     arguments.add_argument("--head-dim", type=int, default=128)
-    arguments.add_argument("--page-size", type=int, default=64)
-    arguments.add_argument("--methods", nargs="+", default=[*PEERS, "bf16", "int4", "bdr"])
+    on_gpu = jax.default_backend() == "gpu"
+    arguments.add_argument("--page-size", type=int, default=64 if on_gpu else 128)
+    peers = PEERS if on_gpu else ()
+    arguments.add_argument("--methods", nargs="+", default=[*peers, "bf16", "int4", "bdr"])
     arguments.add_argument(
         "--blocks",
         type=int,
@@ -110,7 +112,7 @@ def main() -> None:
             rows.append(
                 {
                     "op": "prefill",
-                    "implementation": method if method in PEERS else "triton",
+                    "implementation": method if method in PEERS else device_kernels(),
                     "method": "bf16" if method in PEERS else method,
                     "peer": method in PEERS,
                     "batch": 1,

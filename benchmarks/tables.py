@@ -148,6 +148,10 @@ def tpu_static() -> str:
                 ]
             memory = [f"{row[name] / 1e6:.1f}" for name in ("vmem_bytes", "temp_bytes")]
             name = peers[row["method"]] if row["peer"] else METHODS[row["method"]]
+            if row["page_size"] != 128:
+                name += f", pages of {row['page_size']}"
+            if row["float8"]:
+                name += ", codes as float8"
             rows.append([row["chip"], name, *figures, *memory])
     head = ["chip", "cache", "instruction bundles", "memory cycles", "memory / instructions"]
     head += ["VMEM MB", "temporary MB"]
@@ -160,7 +164,7 @@ def tpu_rotation() -> str:
     for folder in TPU_FOLDERS:
         results = load(f"{folder}/static.json")
         for row in results["rows"]:
-            if row["peer"] or row["rotate_v"]:
+            if row["peer"] or row["rotate_v"] or row["float8"] or row["page_size"] != 128:
                 continue
             key = (row["kernel"], row["batch"], row["context"], row["tokens"])
             cells.setdefault(key, {}).setdefault(folder, {})[row["method"]] = row["bundles"]

@@ -20,7 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.implementation import KERNELS, Implementation
+
 UNROLL = 8  # calls per turn of the loop: one CUDA graph
+
+
+def device_kernels() -> Implementation:
+    """The implementation that is timed unless another is named: the default device's best."""
+    return KERNELS.get(jax.default_backend(), ("xla",))[0]
 
 
 # (which of UNROLL, carry, data) -> carry
@@ -97,8 +104,6 @@ def copies(size: int, total: int = 400_000_000) -> int:
 
 # --- Ceilings ---------------------------------------------------------------------------------
 
-_BLOCK_BYTES = (8192, 16384, 32768)
-
 
 def read_ceiling(size: int, **options) -> float:
     """GB/s of a kernel that only reads `size` bytes: the best of a few block sizes."""
@@ -112,33 +117,81 @@ def copy_ceiling(size: int, **options) -> float:
 
 @functools.cache
 def _ceiling(size: int, copy: bool, **options) -> float:
-    best = 0.0
-    for block_bytes in _BLOCK_BYTES:
-        words = block_bytes // 4
-        blocks = -(-size // block_bytes) // (2 if copy else 1)
-        data = jax.random.bits(jax.random.key(0), (copies(size), blocks, words), jnp.uint32)
+    touch, sizes = {
+        "gpu": (touch_by_triton, (8192, 16384, 32768)),
+        "tpu": (touch_by_mosaic, (1 << 19, 1 << 20, 1 << 21)),
+    }[jax.default_backend()]
+    times = [time_chain(*touch(size, copy, block), **options)["median_us"] for block in sizes]
+    return size / min(times) / 1e3
 
-        def touch(data, carry, out, i=0, words=words):
-            del carry
-            x = plt.load(data.at[i, pl.program_id(0), jnp.arange(words)])
-            if copy:
-                plt.store(out.at[pl.program_id(0), jnp.arange(words)], x)
-            else:
-                plt.store(out.at[pl.program_id(0)], jnp.max(x))
 
-        shape = (blocks, words) if copy else (blocks,)
+def touch_by_triton(size: int, copy: bool, block_bytes: int) -> tuple[Step, jax.Array, jax.Array]:
+    """What `time_chain` takes: reading `size` bytes, or copying half of them, on an NVIDIA GPU."""
+    words = block_bytes // 4
+    blocks = -(-size // block_bytes) // (2 if copy else 1)
+    data = jax.random.bits(jax.random.key(0), (copies(size), blocks, words), jnp.uint32)
 
-        def step(i, carry, data, touch=touch, shape=shape, blocks=blocks):
-            return pl.pallas_call(
-                functools.partial(touch, i=i % data.shape[0]),
-                grid=(blocks,),
-                out_shape=jax.ShapeDtypeStruct(shape, jnp.uint32),
-                in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
-                out_specs=pl.BlockSpec(memory_space=pl.ANY),
-                compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-                name="touch",
-            )(data, carry)
+    def touch(data, carry, out, i):
+        del carry
+        x = plt.load(data.at[i, pl.program_id(0), jnp.arange(words)])
+        if copy:
+            plt.store(out.at[pl.program_id(0), jnp.arange(words)], x)
+        else:
+            plt.store(out.at[pl.program_id(0)], jnp.max(x))
 
-        figures = time_chain(step, jnp.zeros(shape, jnp.uint32), data, **options)
-        best = max(best, size / figures["median_us"] / 1e3)
-    return best
+    shape = (blocks, words) if copy else (blocks,)
+
+    def step(i, carry, data):
+        return pl.pallas_call(
+            functools.partial(touch, i=i % data.shape[0]),
+            grid=(blocks,),
+            out_shape=jax.ShapeDtypeStruct(shape, jnp.uint32),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+            name="touch",
+        )(data, carry)
+
+    return step, jnp.zeros(shape, jnp.uint32), data
+
+
+def touch_by_mosaic(
+    size: int, copy: bool, block_bytes: int, interpret: Any = False
+) -> tuple[Step, jax.Array, jax.Array]:
+    """The same on a TPU."""
+    rows = block_bytes // 512
+    blocks = max(1, -(-size // block_bytes) // (2 if copy else 1))
+    data = jax.random.bits(jax.random.key(0), (copies(size), blocks * rows, 128), jnp.uint32)
+    data = jax.lax.bitcast_convert_type(data, jnp.int32)
+    shape = (blocks * rows, 128) if copy else (8, 128)
+
+    def touch(data, carry, out):
+        del carry
+        if copy:
+            out[...] = data[...]
+            return
+
+        @pl.when(pl.program_id(0) == 0)
+        def _():
+            out[...] = jnp.zeros_like(out)
+
+        out[...] = jnp.maximum(out[...], data[...].reshape(-1, 8, 128).max(0))
+
+    def step(i, carry, data):
+        layer = i % data.shape[0]
+        return pl.pallas_call(
+            touch,
+            grid=(blocks,),
+            out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
+            in_specs=[
+                pl.BlockSpec((None, rows, 128), lambda j: (layer, j, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec(
+                (rows if copy else 8, 128), lambda j: (j, 0) if copy else (0, 0)
+            ),
+            interpret=interpret,
+            name="touch",
+        )(data, carry)
+
+    return step, jnp.zeros(shape, jnp.int32), data

@@ -12,7 +12,8 @@ Nothing here ran. Per kernel:
 - `margin`: cycles that the memory needs for `bytes`, over `bundles`. Above 1 the kernel is bound
   by memory, by this estimate. It takes bandwidth and clock from `CHIPS`.
 - `cycles`: the compiler's own estimate, with its model of copies, which overlaps them little.
-  Missing where its profiler fails, as on v5e.
+  Missing where its profiler fails: on v5e, and on v6e with some versions of `libtpu`.
+- `libtpu`: the compiler's version; instruction counts differ by a tenth between versions.
 - `vmem_bytes` and `temp_bytes`: the most on-chip memory of one kernel; temporaries of the program.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -55,17 +57,22 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 128
+    float8: bool = False
     peer: bool = False
 
 
-def all_cases() -> list[Case]:
+def all_cases(chip: str) -> list[Case]:
     attention = [
         Case("decode_attention", method, batch, context)
         for batch, context in ((2, 4096), (8, 8192))
         for method in METHODS
     ]
     attention.append(Case("decode_attention", "bdr", 8, 8192, rotate_v=True))
+    attention += [Case("decode_attention", "bdr", 8, 8192, page_size=size) for size in (64, 32, 16)]
     attention += [Case("prefill", method, 1, 8192, tokens=256) for method in METHODS]
+    if chip == "tpu7x":
+        decode = [Case("decode_attention", method, 8, 8192, float8=True) for method in METHODS]
+        attention += [*decode[1:], Case("prefill", "bdr", 1, 8192, tokens=256, float8=True)]
     writes = [
         Case("write_kv", method, tokens=tokens) for tokens in (8, 64, 512) for method in METHODS
     ]
@@ -77,7 +84,7 @@ def all_cases() -> list[Case]:
 
 
 def pages_of(case: Case):
-    """The shapes of a pool of two layers."""
+    """The shapes of a pool of 20 layers: none of its arrays fits in on-chip memory."""
     import jax
 
     from pallas_kernels import PageFormat, init_pages
@@ -85,8 +92,8 @@ def pages_of(case: Case):
     options = METHODS[case.method]
     format = PageFormat(options["layout"], options["order"], case.rotate_v)
     sizes = dict(kv_heads=case.kv_heads, page_size=case.page_size, head_dim=case.head_dim)
-    num_pages = max(64, case.batch * case.context // case.page_size)
-    return jax.eval_shape(lambda: init_pages(format, layers=2, num_pages=num_pages, **sizes))
+    num_pages = max(1 << 17, case.batch * case.context) // case.page_size
+    return jax.eval_shape(lambda: init_pages(format, layers=20, num_pages=num_pages, **sizes))
 
 
 # --- One kernel, in a process of its own -----------------------------------------------------
@@ -131,6 +138,7 @@ def compile_case(chip: str, case: Case):
             soft_cap=None,
             sinks=None,
             static_blocks=case.context // chosen.block,
+            float8=case.float8,
         )
 
     return tpu_aot.compile_for(
@@ -183,7 +191,11 @@ def measure(chip: str, case: Case) -> None:
     compiled = compile_case(chip, case)
     sizes = re.findall(r'used_scoped_memory_configs.*?"size":"(\d+)"', compiled.as_text())
     memory = compiled.memory_analysis()
-    row = dict(vmem_bytes=max(map(int, sizes), default=0), temp_bytes=memory.temp_size_in_bytes)
+    row = dict(
+        vmem_bytes=max(map(int, sizes), default=0),
+        temp_bytes=memory.temp_size_in_bytes,
+        libtpu=importlib.metadata.version("libtpu"),
+    )
     print("ROW", json.dumps(row))
 
 
@@ -299,7 +311,8 @@ def row_of(chip: str, case: Case) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--results", metavar="FOLDER", help="write FOLDER/<chip>/static.json")
+    parser.add_argument("--results", metavar="FOLDER", help="write FOLDER/<chip>/FILE")
+    parser.add_argument("--file", default="static.json")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -311,11 +324,11 @@ def main() -> None:
 
     for chip in arguments.chips:
         rows = []
-        for case in all_cases():
+        for case in all_cases(chip):
             rows.append(row_of(chip, case))
             print(json.dumps(rows[-1]), flush=True)
         if arguments.results:
-            write_results(pathlib.Path(arguments.results) / FOLDERS[chip] / "static.json", rows)
+            write_results(pathlib.Path(arguments.results) / FOLDERS[chip] / arguments.file, rows)
 
 
 if __name__ == "__main__":

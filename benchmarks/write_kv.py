@@ -9,27 +9,27 @@ come out of the second level cache where they fit, as they do after a projection
 from __future__ import annotations
 
 import argparse
+import importlib
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import copies, copy_ceiling, time_chain
+from benchmarks.timing import copies, copy_ceiling, device_kernels, time_chain
 from pallas_kernels import PageFormat, init_pages, page_format
-from pallas_kernels.triton.write import write_kv
 from saw_int4_jax.results import describe_device, write_results
 
 LAUNCH_BOUND = 4_000_000  # bytes below which a launch takes longer than the memory
 
 
 def formats(head_dim: int) -> dict[str, PageFormat]:
-    order = page_format.largest_order(head_dim)
+    layout, order = page_format.preferred_layout(), page_format.largest_order(head_dim)
     return {
         "bf16": PageFormat("bf16"),
-        "int4": PageFormat("split"),
-        "bdr": PageFormat("split", order),
-        "bdr + values": PageFormat("split", order, rotate_v=True),
+        "int4": PageFormat(layout),
+        "bdr": PageFormat(layout, order),
+        "bdr + values": PageFormat(layout, order, rotate_v=True),
     }
 
 
@@ -54,8 +54,11 @@ def write_chain(
     slots = (slots + jnp.arange(page_size)).reshape(-1)
     slots = (jax.random.permutation(keys[2], slots) if scattered else slots)[:tokens]
 
+    kernels = importlib.import_module(f"pallas_kernels.{device_kernels()}.write")
+    options = {} if blocks is None else {"blocks": blocks}
+
     def step(i, pages, data):
-        return write_kv(pages, *data, layer=i % pages.layers, blocks=blocks)
+        return kernels.write_kv(pages, *data, layer=i % pages.layers, **options)
 
     return step, pages, (k, v, slots.astype(jnp.int32))
 
@@ -67,7 +70,8 @@ def main() -> None:
     )
     arguments.add_argument("--kv-heads", type=int, default=8)
     arguments.add_argument("--head-dim", type=int, default=128)
-    arguments.add_argument("--page-size", type=int, default=64)
+    on_gpu = jax.default_backend() == "gpu"
+    arguments.add_argument("--page-size", type=int, default=64 if on_gpu else 128)
     arguments.add_argument("--scattered", action="store_true", help="no two tokens side by side")
     arguments.add_argument("--methods", nargs="+", default=list(formats(1)))
     arguments.add_argument("--length", type=int, default=32, help="calls in one compiled loop")
@@ -97,7 +101,7 @@ def main() -> None:
             rows.append(
                 {
                     "op": "write_kv",
-                    "implementation": "triton",
+                    "implementation": device_kernels(),
                     "method": method.split()[0],
                     "order": format.order,
                     "rotate_v": format.rotate_v,

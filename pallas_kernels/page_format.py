@@ -19,7 +19,9 @@ heads), named by layout:
 | `bf16`   | `uint16 [L, P, K, 2, S, D]`   | none: not quantized  |
 
 `paired` puts the key code in the low nibble and the value code in the high nibble of one byte:
-rows as wide as D, no interleaving (TPU, CPU). `split` keeps key rows and value rows apart
+rows as wide as D, no interleaving (TPU, CPU). A TPU would pad rows of under 128 scales: if S
+divides 64, and 64 / S divides K, `paired` has its scales as `uint32 [L, P, 1, K * S / 64, 128]`,
+each row the keys of 64 / S heads and then their values. `split` keeps key rows and value rows apart
 (key, then value) as words of four codes: nibble i of word c is channel c + i * D/4 (GPU).
 `bf16` holds the bits of plain bfloat16 numbers: as integers, because XLA on CPU widens the whole
 operand of a bfloat16 scatter or gather to float32.
@@ -162,7 +164,7 @@ def init_pages(
     match layout:
         case "paired":
             data = jnp.zeros((*lead, kv_heads, page_size, head_dim), jnp.uint8)
-            scales = jnp.zeros((*lead, 2, kv_heads, page_size), jnp.uint32)
+            scales = fold_scales(jnp.zeros((*lead, 2, kv_heads, page_size), jnp.uint32))
         case "split":
             data = jnp.zeros((*lead, kv_heads, 2, page_size, head_dim // 4), jnp.uint16)
             scales = jnp.zeros((*lead, kv_heads, 2, page_size), jnp.uint32)
@@ -297,6 +299,34 @@ def unpack(rows: Array, layout: Layout) -> tuple[UInt8[Array, "*lead D"], UInt8[
     return codes[..., 0, :], codes[..., 1, :]
 
 
+# --- Scales of small pages --------------------------------------------------------------------
+
+
+def fold_scales(scales: UInt32[Array, "*lead 2 K S"]) -> UInt32[Array, "*lead _ _ _"]:
+    """Scales as `paired` has them: `[*lead, 1, K * S / 64, 128]` for small pages, else as given."""
+    *lead, _, kv_heads, page_size = scales.shape
+    if 64 % page_size or kv_heads % (64 // page_size):
+        return scales
+    scales = scales.reshape(*lead, 2, kv_heads * page_size // 64, 64).swapaxes(-3, -2)
+    return scales.reshape(*lead, 1, -1, 128)
+
+
+def is_folded(scales: UInt32[Array, "*lead _ _ _"]) -> bool:
+    """Whether scales of `paired` pages have small pages' shape."""
+    return scales.shape[-3] == 1
+
+
+def unfold_scales(
+    scales: UInt32[Array, "*lead _ _ _"], page_size: int
+) -> UInt32[Array, "*lead 2 K S"]:
+    """The inverse of `fold_scales`."""
+    if not is_folded(scales):
+        return scales
+    *lead, _, rows, _ = scales.shape
+    scales = scales.reshape(*lead, rows, 2, 64).swapaxes(-3, -2)
+    return scales.reshape(*lead, 2, -1, page_size)
+
+
 # --- Tokens ↔ pages -------------------------------------------------------------------------
 
 
@@ -331,10 +361,14 @@ def put(
         return dataclasses.replace(pages, data=data)
     if pages.format.layout == "paired":
         data = pages.data.at[layer, page, :, offset].set(rows, mode="drop")
-        words = pages.scales.at[layer, page, :, :, offset]
-        return dataclasses.replace(
-            pages, data=data, scales=words.set(scales.swapaxes(1, 2), mode="drop")
-        )
+        kind, head = jnp.arange(2), jnp.arange(pages.kv_heads)[:, None]
+        page, offset = page[:, None, None], offset[:, None, None]
+        where: tuple[Any, ...] = kind, head, offset
+        if is_folded(pages.scales):
+            share = 64 // pages.page_size
+            where = 0, head // share, (kind * share + head % share) * pages.page_size + offset
+        words = pages.scales.at[layer, page, *where].set(scales, mode="drop")
+        return dataclasses.replace(pages, data=data, scales=words)
     data = pages.data.at[layer, page, :, :, offset].set(rows, mode="drop")
     scales = pages.scales.at[layer, page, :, :, offset].set(scales, mode="drop")
     return dataclasses.replace(pages, data=data, scales=scales)
@@ -350,6 +384,8 @@ def read(
         rows = lax.bitcast_convert_type(rows, jnp.bfloat16).astype(jnp.float32)
         return rows[..., 0, :, :], rows[..., 1, :, :]
     scales = pages.scales[layer, page_ids]
+    if layout == "paired":
+        scales = unfold_scales(scales, pages.page_size)
     if layout == "split":
         rows, scales = rows.swapaxes(-3, -2), scales.swapaxes(-3, -2)  # [*lead, K, S, 2, ·]
     k_codes, v_codes = unpack(rows, layout)
@@ -372,9 +408,11 @@ def convert(pages: Pages, layout: Layout) -> Pages:
         return pages
     if layout == "split" and pages.head_dim % 4:
         raise ValueError(f"Expected {pages.head_dim=} to be a multiple of 4 with {layout=}")
-    rows, scales = pages.data, pages.scales.swapaxes(2, 3)
+    rows, scales = pages.data, pages.scales
     if source == "split":
         rows = pack(*unpack(rows.swapaxes(3, 4), source), layout)
+        scales = fold_scales(scales.swapaxes(2, 3))
     else:
         rows = pack(*unpack(rows, source), layout).swapaxes(3, 4)
+        scales = unfold_scales(scales, pages.page_size).swapaxes(2, 3)
     return Pages(rows, scales, dataclasses.replace(pages.format, layout=layout))

@@ -111,6 +111,9 @@ WRITES = [
     WriteCase("head_dim_80", head_dim=80),
     WriteCase("head_dim_96_split", "split", head_dim=96, order=32, kv_heads=3),
     WriteCase("head_dim_256", head_dim=256, order=256),
+    WriteCase("small_pages", kv_heads=4, head_dim=128, slots=(37, 0, 63, 16, 15, -1, 5, 38)),
+    WriteCase("pages_of_32", page_size=32, kv_heads=4, head_dim=128, slots=(127, 0, 31, 64, 40)),
+    WriteCase("pages_of_64", page_size=64, head_dim=128, slots=(127, 0, 63, 64, 200)),
     WriteCase("page_of_128", num_pages=2, page_size=128, slots=(255, 0, 128, 127, 200, 64)),
 ]
 
@@ -176,6 +179,8 @@ DECODE = [
     AttentionCase("head_dim_128", order=128, head_dim=128),
     AttentionCase("head_dim_128_split", "split", order=128, head_dim=128),
     AttentionCase("head_dim_256", order=256, head_dim=256),
+    AttentionCase("small_pages", q_heads=8, kv_heads=4, head_dim=128, lengths=(200, 0, 17)),
+    AttentionCase("page_of_32", q_heads=8, kv_heads=4, head_dim=128, page_size=32),
     AttentionCase("page_of_64", page_size=64, lengths=(64, 100, 3)),
     AttentionCase("page_of_128", "split", page_size=128, lengths=(128, 300, 127)),
     AttentionCase("block_borders", lengths=(511, 512, 513)),

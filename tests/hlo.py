@@ -30,5 +30,6 @@ def copied_sizes(compiled, dtypes: str = r"\w+") -> list[int]:
 
     `dtypes` is a regular expression for the HLO names of those that count.
     """
-    shapes = re.findall(rf"= (?:{dtypes})\[([\d,]*)\]\S* copy(?:-start)?\(", compiled.as_text())
+    copy = rf"= \(?(?:{dtypes})\[([\d,]*)\][^=\n]*? copy(?:-start)?\("  # -start makes a tuple
+    shapes = re.findall(copy, compiled.as_text())
     return [math.prod(map(int, dims.split(","))) for dims in shapes if dims]

@@ -99,12 +99,41 @@ def to_arrays(codes, words, layout: str) -> tuple[np.ndarray, np.ndarray | None]
     """Logical order → the arrays of a layout, axes as in the table of `page_format`."""
     if layout == "paired":
         rows = codes[..., 0, :] + 16 * codes[..., 1, :]  # [L, P, S, K, D]
-        return rows.transpose(0, 1, 3, 2, 4), words.transpose(0, 1, 4, 3, 2)
+        return rows.transpose(0, 1, 3, 2, 4), fold(words.transpose(0, 1, 4, 3, 2))
     if layout == "bf16":
         return codes.transpose(0, 1, 3, 4, 2, 5), None
     quarters = codes.reshape(*codes.shape[:-1], 4, -1)
     rows = sum(quarters[..., i, :].astype(np.uint16) * np.uint16(16**i) for i in range(4))
     return rows.transpose(0, 1, 3, 4, 2, 5), words.transpose(0, 1, 3, 4, 2)
+
+
+def fold(words: np.ndarray) -> np.ndarray:
+    """`[L, P, 2, K, S]` → `[L, P, 1, K * S / 64, 128]`, where pages are small and heads enough."""
+    _, _, _, kv_heads, page_size = words.shape
+    share = 64 // page_size
+    if 64 % page_size or kv_heads % share:
+        return words
+    rows = []
+    for first in range(0, kv_heads, share):
+        heads = [words[:, :, kind, first + i] for kind in (0, 1) for i in range(share)]
+        rows.append(np.concatenate(heads, axis=-1))
+    return np.stack(rows, axis=2)[:, :, None]
+
+
+def unfold(scales: np.ndarray, page_size: int) -> np.ndarray:
+    """The inverse of `fold`."""
+    if scales.shape[2] == 2:
+        return scales
+    share = 64 // page_size
+    heads = [
+        [
+            scales[:, :, 0, row, (kind * share + i) * page_size :][..., :page_size]
+            for row in range(scales.shape[3])
+            for i in range(share)
+        ]
+        for kind in (0, 1)
+    ]
+    return np.moveaxis(np.array(heads), (0, 1), (2, 3))
 
 
 def from_arrays(data, scales, layout: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -113,7 +142,7 @@ def from_arrays(data, scales, layout: str) -> tuple[np.ndarray, np.ndarray | Non
     if layout == "paired":
         rows = data.transpose(0, 1, 3, 2, 4)
         codes = np.stack([rows % 16, rows // 16], axis=-2)
-        return codes, np.asarray(scales).transpose(0, 1, 4, 3, 2)
+        return codes, unfold(np.asarray(scales), data.shape[3]).transpose(0, 1, 4, 3, 2)
     rows = data.transpose(0, 1, 4, 2, 3, 5)
     if layout == "bf16":
         return np.ascontiguousarray(rows), None

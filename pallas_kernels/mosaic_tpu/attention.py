@@ -10,7 +10,8 @@ The codes stay integers. With x = code * scale + minimum for every token,
 
 and the products with codes are int8 matrix products: q and p * scale_v are split into two int8
 limbs each (15 bits, where a bfloat16 has 8), stacked as rows, which cost nothing while the rows
-are few. bfloat16 pages go the same way with bfloat16 limbs.
+are few. bfloat16 pages go the same way with bfloat16 limbs. Where float8 is native and int8 is not,
+codes are taken for float8 numbers: their bits are those of code / 512.
 
 The rows of a few KV heads share one product: the heads' codes stand side by side, and a row of q is
 zero outside its own head. So the rows fill the registers, whatever the group size.
@@ -37,7 +38,8 @@ from pallas_kernels import page_format
 from pallas_kernels.page_format import PageFormat, Pages
 
 LANES, SUBLANES = 128, 8
-BLOCK_TOKENS = 2048
+SMALL_PAGES = (16, 32, 64)
+BLOCK_TOKENS, BLOCK_PAGES = 2048, 32
 BUFFER_BYTES = 8 << 20
 MAX_ROWS = 512
 MAX_SCORES = 1 << 19
@@ -48,7 +50,12 @@ MASKED, EMPTY = -3e38, -1e30
 TINY = 1e-30
 HIGH_HALF = np.uint32(0xFFFF0000)
 LOW_NIBBLES = np.uint32(0x0F0F0F0F)
-LIMB = 127.0  # the first int8 limb counts 1 / LIMB of the largest number, the second 1 / 254 of it
+# The largest number that is split into limbs.
+LARGEST = {jnp.dtype(jnp.int8): 127 * 256, jnp.dtype(jnp.float8_e4m3fn): 256}
+ROUND = 1.5 * 2**23  # added to a float32, it leaves the nearest integer in the low bits
+FLOAT8_UNIT = 512  # the bits of a code, taken for a float8_e4m3, are code / FLOAT8_UNIT
+FLOAT8_BITS = np.uint32(0xFFF00000)  # of a float32, as many as a float8 keeps
+LOG2_E = math.log2(math.e)
 
 
 class Sizes(NamedTuple):
@@ -65,6 +72,7 @@ class Sizes(NamedTuple):
     group: int
     head_dim: int
     page_size: int
+    num_pages: int
     max_pages: int
     tile: int
     share: int
@@ -90,20 +98,31 @@ def choose_sizes(queries: int, heads: int, pages: Pages, max_pages: int) -> Size
     tile = max(1, min(queries, MAX_ROWS // heads))
     share = 1
     for n in range(2, kv_heads + 1):
-        if kv_heads % n == 0 and n * tile * group <= SUBLANES:
+        within = SUBLANES % n == 0 or kv_heads <= SUBLANES  # a register holds all that share
+        if kv_heads % n == 0 and n * tile * group <= SUBLANES and within:
             share = n
     rows = -(-share * tile * group // SUBLANES) * SUBLANES
     token_bytes = pages.nbytes // (pages.layers * pages.num_pages * pages.page_size)
     unit = math.lcm(pages.page_size, LANES)
     most = min(
         BLOCK_TOKENS,
+        BLOCK_PAGES * pages.page_size,
         BUFFER_BYTES // (2 * token_bytes),
         MAX_SCORES // (kv_heads // share * rows),
         max_pages * pages.page_size + unit - 1,
     )
     block = max(1, most // unit) * unit
     return Sizes(
-        kv_heads, group, pages.head_dim, pages.page_size, max_pages, tile, share, rows, block
+        kv_heads,
+        group,
+        pages.head_dim,
+        pages.page_size,
+        pages.num_pages,
+        max_pages,
+        tile,
+        share,
+        rows,
+        block,
     )
 
 
@@ -121,10 +140,12 @@ def paged_attention(
     soft_cap: float | None,
     sinks: Float[Array, "H"] | None,
     interpret: Any = False,
+    float8: bool | None = None,
     static_blocks: int | None = None,
 ) -> Float[Array, "B T H D"]:
     """See `pallas_kernels.paged_attention`; `interpret` is as of `pl.pallas_call`.
 
+    `float8` is whether codes are multiplied as float8 numbers, not as int8; `None` asks the device.
     `static_blocks` is for the compiler's cycle estimates alone, which see no dynamic loop: every
     item reads this many whole blocks, whatever the lengths.
     """
@@ -150,16 +171,17 @@ def paged_attention(
         operands.append((hadamard_signs(pages), whole((head_dim, head_dim))))
     in_place = pl.BlockSpec(memory_space=pltpu.HBM)
     data = pages.data.swapaxes(-1, -2) if tokens_last(pages) else pages.data
-    operands.append((data, in_place))
-    buffer_shape = list(data.shape[2:])
-    buffer_shape[-1 if tokens_last(pages) else -2] = sizes.block
-    buffers = [pltpu.VMEM((2, *buffer_shape), data.dtype)]
+    operands.append((data.reshape(-1, *data.shape[2:]), in_place))  # layers one after another
+    page_count = sizes.block // sizes.page_size
+    buffers = [pltpu.VMEM((2, page_count, *data.shape[2:]), data.dtype)]
     limb = jnp.bfloat16
+    if float8 is None:
+        float8 = float8_keeps_codes()
     if pages.scales is not None:
-        operands.append((pages.scales, in_place))
-        page_count = sizes.block // sizes.page_size
+        operands.append((pages.scales.reshape(-1, *pages.scales.shape[2:]), in_place))
         buffers.append(pltpu.VMEM((2, page_count, *pages.scales.shape[2:]), jnp.uint32))
-        limb = jnp.int8
+        limb = jnp.float8_e4m3fn if float8 else jnp.int8
+    limb_rows = jax.eval_shape(lambda x: _split(x, limb), jnp.zeros((sizes.rows, 1))).shape[0]
 
     inputs, in_specs = zip(*operands, strict=True)
     out = pl.pallas_call(
@@ -181,7 +203,7 @@ def paged_attention(
             in_specs=in_specs,
             out_specs=per_item,
             scratch_shapes=[
-                pltpu.VMEM((sizes.products, 2 * sizes.rows, sizes.share * head_dim), limb),
+                pltpu.VMEM((sizes.products, limb_rows, sizes.share * head_dim), limb),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
                 *buffers,
@@ -216,13 +238,50 @@ def pages_supported(pages: Pages) -> str | None:
     """Why these kernels cannot take the pages, or `None`. True of writing and of attention."""
     if pages.format.layout == "split":
         return f"Expected {pages.format.layout=} to be 'paired' or 'bf16'"
+    # XLA lays other pages out with P in the lanes: every call would copy them all.
     if pages.page_size % LANES:
-        # XLA keeps the scales of smaller pages page by page in the lanes: every call would copy
-        # them all.
-        return f"Expected {pages.page_size=} to be a multiple of {LANES}"
-    if pages.head_dim % 16:
-        return f"Expected {pages.head_dim=} to be a multiple of 16"
+        if pages.page_size not in SMALL_PAGES:
+            return f"Expected {pages.page_size=} to be a multiple of {LANES} or in {SMALL_PAGES}"
+        if pages.head_dim % LANES:
+            return f"Expected {pages.page_size=} to be a multiple of {LANES} with {pages.head_dim=}"
+        if pages.scales is not None and not page_format.is_folded(pages.scales):
+            return (
+                f"Expected {pages.kv_heads=} to be a multiple of {64 // pages.page_size} "
+                f"with {pages.page_size=}"
+            )
+    if pages.head_dim % SUBLANES:
+        return f"Expected {pages.head_dim=} to be a multiple of {SUBLANES}"
     return None
+
+
+@functools.cache
+def float8_keeps_codes() -> bool:
+    """Whether this device multiplies float8 natively, subnormals kept, as codes need it.
+
+    What tpu7x does with subnormals is not documented: it is asked, once.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "tpu" or not device.device_kind.startswith("TPU7"):
+        return False
+    with jax.ensure_compile_time_eval():
+        return codes_survive_float8()
+
+
+def codes_survive_float8(interpret: Any = False) -> bool:
+    """Whether products of codes as float8 numbers are what they are of integers."""
+
+    def kernel(codes_ref, out_ref):
+        codes = pltpu.bitcast(codes_ref[...], jnp.float8_e4m3fn)
+        dimensions = (((1,), (1,)), ((), ()))
+        out_ref[...] = lax.dot_general(codes, codes, dimensions, preferred_element_type=jnp.float32)
+
+    codes = np.random.default_rng(0).integers(0, 16, (LANES, LANES))
+    out = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.float32),
+        interpret=interpret,
+    )(jnp.asarray(codes, jnp.uint8))
+    return bool((np.asarray(out) * FLOAT8_UNIT**2 == codes @ codes.T).all())
 
 
 def tokens_last(pages: Pages) -> bool:
@@ -281,15 +340,19 @@ def _kernel(
     query_ref = next(rest) if sizes.tile > 1 else None
     sinks_ref = next(rest) if with_sinks else None
     signs_ref = next(rest) if format.order > 1 else None
-    data_hbm = next(rest)
-    scales_hbm = [next(rest)] if quantized else []
-    out_ref, q_limbs, slot_ref, semaphores, data_vmem, *scales_vmem = rest
+    pages_hbm = [next(rest) for _ in range(1 + quantized)]  # data and scales
+    out_ref, q_limbs, slot_ref, semaphores, *pages_vmem = rest
+
+    limb = q_limbs.dtype
+    largest = LARGEST.get(limb, 1)
+    code_unit = FLOAT8_UNIT if limb == jnp.float8_e4m3fn else 1
 
     page_size, head_dim, rows, share = sizes.page_size, sizes.head_dim, sizes.rows, sizes.share
     tiles = pl.num_programs(1)
     items = pl.num_programs(0) * tiles
     item = pl.program_id(0) * tiles + pl.program_id(1)
     block_pages = sizes.block // page_size
+    layer_start = layer_ref[0] * sizes.num_pages
 
     # --- Which pages an item reads
 
@@ -334,17 +397,13 @@ def _kernel(
         if static_blocks is not None:
             first, count = block * block_pages, jnp.int32(block_pages)
 
+        start_entry = lax.div(item, tiles) * sizes.max_pages + first
+
         def page(j, _=None):
-            page_id = table_ref[lax.div(item, tiles) * sizes.max_pages + first + j]
-            tokens = pl.ds(j * page_size, page_size)
-            into = data_vmem.at[slot]
-            lead = (slice(None),) * (len(into.shape) - 2)
-            into = into.at[(*lead, slice(None), tokens) if tokens_last else (*lead, tokens)]
-            source = data_hbm.at[layer_ref[0], page_id]
-            act(pltpu.make_async_copy(source, into, semaphores.at[slot]))
-            for hbm, scales in zip(scales_hbm, scales_vmem, strict=True):
-                source = hbm.at[layer_ref[0], page_id]
-                act(pltpu.make_async_copy(source, scales.at[slot, j], semaphores.at[slot]))
+            page_id = layer_start + table_ref[start_entry + j]
+            for hbm, vmem in zip(pages_hbm, pages_vmem, strict=True):
+                source = hbm.at[page_id]
+                act(pltpu.make_async_copy(source, vmem.at[slot, j], semaphores.at[slot]))
 
         @pl.when(count == block_pages)
         def _():
@@ -372,12 +431,13 @@ def _kernel(
     q = q_ref[0, 0].astype(jnp.float32)
     if signs_ref is not None:
         q = _times_signs(q, signs_ref[...]) * format.order**-0.5
-    q = q * scale
+    q = q * (scale * LOG2_E)
     q_sum = q.sum(-1, keepdims=True)
     q_unit = jnp.ones_like(q_sum)
     if quantized:
-        q_unit = jnp.maximum(jnp.abs(q).max(-1, keepdims=True), TINY) * (1 / LIMB)
+        q_unit = jnp.maximum(jnp.abs(q).max(-1, keepdims=True), TINY) * (1 / largest)
         q = q / q_unit
+        q_unit = q_unit * code_unit
     row = lax.broadcasted_iota(jnp.int32, (rows, head_dim), 0)
     head_rows = sizes.tile * sizes.group
     for g in range(sizes.products):
@@ -387,7 +447,7 @@ def _kernel(
             if share > 1:
                 own = jnp.where((row >= h * head_rows) & (row < (h + 1) * head_rows), part, 0)
             columns = slice(h * head_dim, (h + 1) * head_dim)
-            q_limbs[g, :, columns] = _split(own, q_limbs.dtype)
+            q_limbs[g, :, columns] = _split(own, limb)
 
     column = (sizes.total_rows, 1)
     first, last, position = visible(item)
@@ -404,32 +464,56 @@ def _kernel(
     def per_row(x):
         """[K, n] → [rows, n]: what belongs to the KV head of each row."""
         shape = (rows, x.shape[1])
+        if share == 1:
+            return jnp.concatenate([jnp.broadcast_to(row, shape) for row in jnp.split(x, len(x))])
         row = lax.broadcasted_iota(jnp.int32, shape, 0)
+        head = sum((row >= h * head_rows).astype(jnp.int32) for h in range(1, share))
         products = []
         for g in range(sizes.products):
-            out = jnp.broadcast_to(x[g * share : g * share + 1], shape)
-            for h in range(1, share):
-                here = x[g * share + h : g * share + h + 1]
-                out = jnp.where(row < h * head_rows, out, here)
-            products.append(out)
+            first = g * share // SUBLANES * SUBLANES
+            heads = x[first : first + SUBLANES]
+            if len(heads) < SUBLANES:
+                heads = jnp.concatenate(
+                    [heads, jnp.zeros_like(x, shape=(SUBLANES - len(heads), x.shape[1]))]
+                )
+            products.append(
+                jnp.take_along_axis(heads, head + (g * share - first), 0, mode="promise_in_bounds")
+            )
         return jnp.concatenate(products, 0)
+
+    def load_head(slot, h):
+        """A KV head's data of a block."""
+        data = [pages_vmem[0][slot, j, h] for j in range(block_pages)]
+        return jnp.concatenate(data, -1 if tokens_last else -2)
 
     def load(slot, g):
         """Keys and values of the heads of product g, side by side."""
         heads = range(g * share, (g + 1) * share)
-        keys, values = zip(*[_unpack(data_vmem[slot, h]) for h in heads], strict=True)
+        keys, values = zip(*[_unpack(load_head(slot, h), limb) for h in heads], strict=True)
         axis = 0 if tokens_last else 1
         return jnp.concatenate(keys, axis), jnp.concatenate(values, axis)
 
     def load_scales(slot, kind):
         """Words of a block's keys (0) or values (1), [K, tokens]."""
-        (ref,) = scales_vmem
-        return jnp.concatenate([ref[slot, j, kind] for j in range(block_pages)], 1)
+        words = pages_vmem[1]
+        if words.shape[2] == 2:
+            return jnp.concatenate([words[slot, j, kind] for j in range(block_pages)], 1)
+        share = 64 // page_size  # heads in a row of folded scales
+        runs = []
+        for i in range(share):
+            lanes = pl.ds((kind * share + i) * page_size, page_size)
+            pages = [words[slot, j, 0, :, lanes] for j in range(block_pages)]
+            runs.append(jnp.concatenate(pages, 1))
+        if share == 1:
+            return runs[0]
+        heads = range(sizes.kv_heads)
+        return jnp.concatenate([runs[h % share][h // share : h // share + 1] for h in heads], 0)
 
     def product(limbs, codes, axis):
-        dtype = jnp.int32 if quantized else jnp.float32
+        dtype = jnp.int32 if limb == jnp.int8 else jnp.float32
         dimensions = (((1,), (axis,)), ((), ()))
-        return _join(lax.dot_general(limbs, codes, dimensions, preferred_element_type=dtype))
+        out = lax.dot_general(limbs, codes, dimensions, preferred_element_type=dtype)
+        return _join(out, rows, limb)
 
     token_axis = 1 if tokens_last else 0
     block_count = num_blocks(item)
@@ -458,15 +542,16 @@ def _kernel(
             k_scale, k_minimum = page_format.split_scales(load_scales(slot, 0))
             scores = scores * q_unit * per_row(k_scale) + q_sum * per_row(k_minimum)
         if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores * (1 / soft_cap))
+            cap = soft_cap * LOG2_E
+            scores = cap * jnp.tanh(scores * (1 / cap))
         seen = tokens <= row_last
         if window is not None:
             seen &= tokens > row_position - window
         scores = jnp.where(seen, scores, MASKED)
 
         new_max = jnp.maximum(running_max, scores.max(-1, keepdims=True))
-        decay = jnp.exp(running_max - new_max)
-        weights = jnp.exp(scores - new_max)
+        decay = jnp.exp2(running_max - new_max)
+        weights = jnp.exp2(scores - new_max)
         total = total * decay + weights.sum(-1, keepdims=True)
         acc = acc * decay
         if quantized:
@@ -474,22 +559,25 @@ def _kernel(
             words = jnp.where(tokens < limit, words, np.uint32(0))  # 0 * NaN is NaN
             v_scale, v_minimum = page_format.split_scales(words)
             acc += (weights * per_row(v_minimum)).sum(-1, keepdims=True)
-            unit = jnp.maximum(v_scale.max(-1, keepdims=True), TINY) * (1 / LIMB)
+            unit = jnp.maximum(v_scale.max(-1, keepdims=True), TINY) * (1 / largest)
             weights = weights * per_row(v_scale / unit)
         else:
             values = tuple(_zero_from(v, tokens, limit, tokens_last) for v in values)
         outs = [
-            product(_split(weights[g * rows : (g + 1) * rows], q_limbs.dtype), v, token_axis)
+            product(_split(weights[g * rows : (g + 1) * rows], limb), v, token_axis)
             for g, v in enumerate(values)
         ]
         out = jnp.concatenate(outs, 0)
-        acc += out * per_row(unit) if quantized else out
+        if quantized:
+            out *= per_row(jnp.broadcast_to(unit * code_unit, (sizes.kv_heads, LANES)))[:, :1]
+        acc += out
         return new_max, total, acc
 
     running_max, total = jnp.full(column, EMPTY), jnp.zeros(column)
     if sinks_ref is not None:  # a sink is a key with this score and no value
-        running_max = jnp.maximum(sinks_ref[...], EMPTY)
-        total = jnp.exp(sinks_ref[...] - running_max)
+        sinks = sinks_ref[...] * LOG2_E
+        running_max = jnp.maximum(sinks, EMPTY)
+        total = jnp.exp2(sinks - running_max)
     acc = jnp.zeros((sizes.total_rows, share * head_dim))
     _, total, acc = lax.fori_loop(0, block_count, accumulate, (running_max, total, acc))
     slot_ref[0] = lax.rem(slot_at_start + block_count, 2)
@@ -508,44 +596,52 @@ def _kernel(
     out_ref[0, 0] = out.astype(out_ref.dtype)
 
 
-def _high_part(x: Array) -> Array:
-    """A float32 cut to bfloat16, as float32. Bits, since a cast there and back may be removed."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32) & HIGH_HALF
-    return lax.bitcast_convert_type(bits, jnp.float32)
+def _cut(x: Array, mask: np.uint32) -> Array:
+    """A float32 cut to fewer bits. Not by a cast there and back, which may be removed."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & mask, jnp.float32)
 
 
 def _times_signs(x: Array, signs: Array) -> Array:
     """x @ signs with x to 16 bits: two exact products."""
-    high = _high_part(x)
+    high = _cut(x, HIGH_HALF)
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     return dot(high.astype(jnp.bfloat16), signs) + dot((x - high).astype(jnp.bfloat16), signs)
 
 
 def _split(x: Array, dtype) -> Array:
-    """float32 [n, m] → two limbs [2 n, m]. For int8, x must lie within ±LIMB."""
+    """float32 [n, m] → its limbs, one below the other. But for bfloat16, |x| is LARGEST at most."""
     if dtype == jnp.int8:
-        high = jnp.round(x)
-        low = jnp.round((x - high) * (2 * LIMB))
-        return jnp.concatenate([high, low], 0).astype(jnp.int32).astype(jnp.int8)
-    high = _high_part(x)
+        low = lax.bitcast_convert_type(x + ROUND, jnp.int32)
+        high = lax.bitcast_convert_type(x + (ROUND + 128), jnp.int32) >> 8
+        return jnp.concatenate([high, low], 0).astype(jnp.int8)  # the lowest byte of each
+    if dtype == jnp.float8_e4m3fn:
+        high = _cut(x, FLOAT8_BITS)
+        middle = _cut(x - high, FLOAT8_BITS)
+        limbs = [high, middle, x - high - middle]
+        if padding := -3 * len(x) % 32:  # to whole registers
+            limbs.append(jnp.zeros((padding, x.shape[1])))
+        return jnp.concatenate(limbs, 0).astype(dtype)
+    high = _cut(x, HIGH_HALF)
     return jnp.concatenate([high, x - high], 0).astype(jnp.bfloat16)
 
 
-def _join(product: Array) -> Array:
-    """The product of a split operand, in float32."""
-    n = product.shape[0] // 2
-    weight = 1 / (2 * LIMB) if product.dtype == jnp.int32 else 1
-    product = product.astype(jnp.float32)
-    return product[:n] + product[n:] * weight
+def _join(product: Array, n: int, dtype) -> Array:
+    """The product of a split operand of n rows, in float32."""
+    high, low = product[:n], product[n : 2 * n]
+    if dtype == jnp.int8:
+        return ((high << 8) + low).astype(jnp.float32)
+    if dtype == jnp.float8_e4m3fn:
+        return high + low + product[2 * n : 3 * n]
+    return high + low
 
 
-def _unpack(x: Array) -> tuple[Array, Array]:
-    """Keys and values: int8 codes of `uint8 [n, m]`, or bfloat16 of `uint16 [2, n, m]`."""
+def _unpack(x: Array, dtype) -> tuple[Array, Array]:
+    """Keys and values: codes of `uint8 [n, m]` as `dtype`, or bfloat16 of `uint16 [2, n, m]`."""
     if x.dtype == jnp.uint16:
         return pltpu.bitcast(x[0], jnp.bfloat16), pltpu.bitcast(x[1], jnp.bfloat16)
     words = pltpu.bitcast(x, jnp.uint32)
     nibbles = words & LOW_NIBBLES, (words >> np.uint32(4)) & LOW_NIBBLES
-    return pltpu.bitcast(nibbles[0], jnp.int8), pltpu.bitcast(nibbles[1], jnp.int8)
+    return pltpu.bitcast(nibbles[0], dtype), pltpu.bitcast(nibbles[1], dtype)
 
 
 def _zero_from(values: Array, tokens: Array, limit: Array, tokens_last: bool) -> Array:

@@ -97,9 +97,11 @@ def write_kv(
         *_units_in_flight(block),
     ]
     if pages.scales is not None:
+        folded = page_format.is_folded(pages.scales)
+        window = pages.scales.shape[2:] if folded else (2, kv_heads, chunk)
         scratch += [
             pltpu.VMEM((8 * kv_heads, block), jnp.bfloat16),
-            pltpu.VMEM((IN_FLIGHT, 2, kv_heads, chunk), jnp.uint32),
+            pltpu.VMEM((IN_FLIGHT, *window), jnp.uint32),
             *_units_in_flight(block),
         ]
     inputs, in_specs = zip(*operands, strict=True)
@@ -145,6 +147,8 @@ def _kernel(layer_ref, slots_ref, *refs, pages, unit, chunk):
     rest = iter(refs)
     format, page_size, kv_heads = pages.format, pages.page_size, pages.kv_heads
     by_channel, quantized = tokens_last(pages), pages.scales is not None
+    folded = quantized and page_format.is_folded(pages.scales)
+    share = 64 // page_size if folded else 1  # heads in a row of scales
 
     def take(count):
         return list(itertools.islice(rest, count))
@@ -164,7 +168,7 @@ def _kernel(layer_ref, slots_ref, *refs, pages, unit, chunk):
         k_codes, k_words = _quantize(_rotate(k, signs, format.order))
         v_codes, v_words = _quantize(_rotate(v, signs, format.value_order))
         pieces = [k_codes + 16 * v_codes]
-        words_ref[...] = _word_bytes([k_words, v_words], kv_heads)
+        words_ref[...] = _word_bytes([k_words, v_words], kv_heads, share)
     else:
         pieces = []
         for x in (k, v):
@@ -213,8 +217,9 @@ def _kernel(layer_ref, slots_ref, *refs, pages, unit, chunk):
 
     def put_words(ref, base):
         """Words of the block into a unit of scales."""
-        lane = lax.broadcasted_iota(jnp.int32, (block, chunk), 1)
-        here = (row_slots[0] - base == lane).astype(jnp.float32)
+        lane = lax.broadcasted_iota(jnp.int32, (block, LANES if folded else chunk), 1)
+        token = lane & (chunk - 1) if folded else lane
+        here = (row_slots[0] - base == token).astype(jnp.float32)
         new = here.max(0, keepdims=True) > 0
         moved = jnp.dot(
             words_ref[...], here.astype(jnp.bfloat16), preferred_element_type=jnp.float32
@@ -222,6 +227,14 @@ def _kernel(layer_ref, slots_ref, *refs, pages, unit, chunk):
         rows = 2 * kv_heads
         words = sum(moved[i * rows : (i + 1) * rows] << 8 * i for i in range(4))
         words = lax.bitcast_convert_type(words, jnp.uint32)
+        if folded:  # every lane that could hold a token has its word: each run of lanes picks
+            size = kv_heads // share
+            out, run = ref[0], lane[:1] & -chunk
+            for i in range(2 * share):
+                mine = new & (run == i * chunk)
+                out = jnp.where(mine, words[i * size : (i + 1) * size], out)
+            ref[0] = out
+            return
         for kind in (0, 1):
             part = words[kind * kv_heads : (kind + 1) * kv_heads]
             ref[kind] = jnp.where(new, part, ref[kind])
@@ -298,7 +311,7 @@ def _kernel(layer_ref, slots_ref, *refs, pages, unit, chunk):
         return (*lead, slice(None), tokens) if by_channel else (*lead, tokens)
 
     def scales_window(offset):
-        return slice(None), slice(None), pl.ds(offset, chunk)
+        return slice(None), slice(None), slice(None) if folded else pl.ds(offset, chunk)
 
     lists = [(unit, *data_units[:2])]
     if quantized:
@@ -309,8 +322,11 @@ def _kernel(layer_ref, slots_ref, *refs, pages, unit, chunk):
         update(chunk, arrays[1], scales_window, scales_vmem, put_words, totals[1], *scales_units)
 
 
-def _word_bytes(words: list[Array], kv_heads: int) -> Array:
-    """Words of keys and of values, columns [K * n, 1] → their bytes `bfloat16 [4 * 2 * K, n]`."""
+def _word_bytes(words: list[Array], kv_heads: int, share: int) -> Array:
+    """Words of keys and of values, columns [K * n, 1] → their bytes `bfloat16 [4 * 2 * K, n]`.
+
+    Rows are in the order (byte, key or value, i, j), the head being j * share + i.
+    """
     block = words[0].shape[0] // kv_heads
     lane = lax.broadcasted_iota(jnp.int32, (block, 2 * kv_heads), 1)
     table = jnp.zeros(lane.shape, jnp.int32)
@@ -318,7 +334,8 @@ def _word_bytes(words: list[Array], kv_heads: int) -> Array:
         column = lax.bitcast_convert_type(column, jnp.int32)
         for h in range(kv_heads):
             here = column[h * block : (h + 1) * block]
-            table = jnp.where(lane == kind * kv_heads + h, here, table)
+            place = h % share * (kv_heads // share) + h // share
+            table = jnp.where(lane == kind * kv_heads + place, here, table)
     table = table.T
     pieces = [lax.shift_right_logical(table, 8 * i) & 0xFF for i in range(4)]
     return jnp.concatenate(pieces, 0).astype(jnp.float32).astype(jnp.bfloat16)

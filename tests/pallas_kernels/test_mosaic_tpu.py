@@ -6,6 +6,7 @@ copy only when it is awaited, so that a wait too few is a wrong value.
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import PageFormat, init_pages
 from pallas_kernels.mosaic_tpu import attention, write
 from tests import cases
 from tests.pallas_kernels import test_attention, test_write
@@ -151,6 +153,27 @@ def test_tiles_of_queries(monkeypatch, order, chunk):
     check_attention(case, INTERPRET)
 
 
+def float8(chosen):
+    """The attention kernel with codes as float8 numbers, or not."""
+    call = functools.partial(attention.paged_attention, float8=chosen)
+    return types.SimpleNamespace(paged_attention=call)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", ["ragged", "mha", "verify_4", "small_pages", "chunk_everything"])
+def test_float8_codes(name):
+    (case,) = (case for case in ATTENTION if case.name == name)
+    check_attention(case, INTERPRET, float8(True))
+
+
+def test_whether_codes_survive_float8(monkeypatch):
+    assert attention.codes_survive_float8(INTERPRET)
+    monkeypatch.setattr(attention, "FLOAT8_UNIT", 256)
+    assert not attention.codes_survive_float8(INTERPRET)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_nan_token_spoils_its_own_head_only(small_blocks):
@@ -172,13 +195,32 @@ def test_extreme_sinks(sink, small_blocks):
     np.testing.assert_allclose(attend(problem, INTERPRET), problem.expected(), **TOLERANCE)
 
 
-def test_supported():
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (dict(), None),
+        (dict(page_size=256, head_dim=80, order=16), None),
+        (dict(page_size=64), None),
+        (dict(page_size=16, kv_heads=4), None),
+        (dict(page_size=16, layout="bf16", order=1), None),
+        (dict(page_size=16, kv_heads=2), "kv_heads=2 to be a multiple of 4"),
+        (dict(page_size=64, head_dim=64, order=1), "page_size=64 to be a multiple of 128"),
+        (dict(page_size=48), "page_size=48"),
+        (dict(page_size=8), "page_size=8"),
+        (dict(head_dim=72, order=8), None),
+        (dict(head_dim=100, order=4), "head_dim=100"),
+        (dict(layout="split"), "'split'"),
+    ],
+    ids=str,
+)
+def test_pages_supported(shape, reason):
+    pages = test_write.dirty_pages(dataclasses.replace(RUN, **shape))
+    actual = attention.pages_supported(pages)
+    assert actual == reason or reason in actual
+
+
+def test_supported_page_tables():
     pages = test_write.dirty_pages(RUN)
-    assert attention.pages_supported(pages) is None
-    small = test_write.dirty_pages(dataclasses.replace(RUN, page_size=64))
-    assert "page_size=64" in attention.pages_supported(small)
-    split = test_write.dirty_pages(dataclasses.replace(RUN, layout="split"))
-    assert "'split'" in attention.pages_supported(split)
     large = jax.ShapeDtypeStruct((4, 1 << 18), jnp.int32)
     assert "1048576" in attention.supported(large, pages, large)
 
@@ -188,13 +230,29 @@ def test_supported():
 
 def on_tpu(case):
     """The case with pages that the compiled kernels take."""
+    sizes = {name: getattr(case, name) for name in ("kv_heads", "page_size", "head_dim")}
+    pages = init_pages(PageFormat(case.layout), layers=1, num_pages=1, **sizes)
+    if attention.pages_supported(pages) is None:
+        return case
     return dataclasses.replace(case, page_size=128)
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("block_tokens", [128, attention.BLOCK_TOKENS])
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
-def test_attention_on_tpu(case):
+def test_attention_on_tpu(monkeypatch, case, block_tokens):
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", block_tokens)
     check_attention(on_tpu(case), interpret=False)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["ragged", "chunk_everything"])
+def test_float8_choice_on_tpu(name):
+    """Codes as integers work on every TPU, and as float8 numbers where the device says so."""
+    (case,) = (case for case in ATTENTION if case.name == name)
+    check_attention(on_tpu(case), False, float8(False))
+    if attention.float8_keeps_codes():
+        check_attention(on_tpu(case), False, float8(True))
 
 
 @pytest.mark.tpu

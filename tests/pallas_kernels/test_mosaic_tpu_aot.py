@@ -22,14 +22,22 @@ pytestmark = [
 ]
 
 CHIPS = tuple(tpu_aot.TOPOLOGIES)
-LAYERS, NUM_PAGES = 2, 1024
+# More than fits in on-chip memory, where XLA would copy all of it.
+LAYERS, TOKENS = 2, 1 << 20
 SHAPES = [  # the variants: one chip each, since they differ in shape alone
     dict(head_dim=64),
+    dict(head_dim=72),
     dict(head_dim=80),
     dict(head_dim=96),
     dict(head_dim=112),
     dict(head_dim=256),
     dict(page_size=256),
+    dict(page_size=64),
+    dict(page_size=32),
+    dict(page_size=16),
+    dict(page_size=16, head_dim=256),
+    dict(page_size=64, kv_heads=1),
+    dict(page_size=16, layout="bf16"),
     dict(kv_heads=1),
     dict(kv_heads=32),
     dict(kv_heads=32, head_dim=256),
@@ -40,15 +48,18 @@ SHAPES = [  # the variants: one chip each, since they differ in shape alone
 
 def pages_of(layout="paired", kv_heads=8, head_dim=128, page_size=128, rotate_v=False):
     order = 1 if layout == "bf16" else largest_order(head_dim)
-    sizes = dict(layers=LAYERS, num_pages=NUM_PAGES, kv_heads=kv_heads, page_size=page_size)
+    tokens = TOKENS // max(1, kv_heads * head_dim // 1024)
+    sizes = dict(layers=LAYERS, num_pages=tokens // page_size, kv_heads=kv_heads)
     format = PageFormat(layout, order, rotate_v)
-    return jax.eval_shape(lambda: init_pages(format, **sizes, head_dim=head_dim))
+    return jax.eval_shape(
+        lambda: init_pages(format, **sizes, page_size=page_size, head_dim=head_dim)
+    )
 
 
 def compile_attention(
     chip, pages, *, queries=1, heads=32, dtype="bfloat16", causal=True, sinks=False, **options
 ):
-    batch, max_pages = 4, 64
+    batch, max_pages = 4, 8192 // pages.page_size
 
     def call(q, pages, table, lengths, query_lengths, layer, sinks):
         return attention.paged_attention(
@@ -63,6 +74,7 @@ def compile_attention(
             window=options.get("window"),
             soft_cap=options.get("soft_cap"),
             sinks=sinks,
+            float8=options.get("float8"),
         )
 
     integers = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -144,9 +156,20 @@ def test_options(options):
     assert_no_copy_of_the_cache(compiled, pages)
 
 
-def test_small_pages_would_be_copied():
+@pytest.mark.parametrize("queries", [1, 64])
+def test_float8_codes(queries):
+    pages = pages_of()
+    compiled = compile_attention("tpu7x", pages, queries=queries, float8=True)
+    assert_no_copy_of_the_cache(compiled, pages)
+
+
+@pytest.mark.parametrize(
+    "shape", [dict(page_size=64, head_dim=64), dict(page_size=16, kv_heads=1)], ids=str
+)
+def test_refused_pages_would_be_copied(shape):
     """Why `supported` refuses them. If this fails, they may be let in."""
-    pages = pages_of(page_size=64)
+    pages = pages_of(**shape)
+    assert attention.pages_supported(pages)
     with pytest.raises(AssertionError):
         assert_no_copy_of_the_cache(compile_attention("v6e", pages), pages)
 

@@ -18,13 +18,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 DECODE = cases.AttentionCase("decode", order=64, lengths=(300, 0, 130), sinks=True)
 CHUNK = cases.AttentionCase("chunk", order=64, queries=4, lengths=(33, 4, 200), window=20)
 ROTATED = cases.AttentionCase("rotated", order=64, rotate_v=True, lengths=(40,))
+SMALL_PAGES = cases.AttentionCase(
+    "small", q_heads=16, kv_heads=16, head_dim=128, page_size=32, lengths=(70, 33)
+)
 BF16 = cases.AttentionCase("bf16", "bf16", order=1, lengths=(300, 33))
 
 ATTENTION_MUTATIONS = {
     "no_wait": ("wait(item, block, slot)", "pass", DECODE),
     "nibbles_swapped": (
-        "pltpu.bitcast(nibbles[0], jnp.int8), pltpu.bitcast(nibbles[1], jnp.int8)",
-        "pltpu.bitcast(nibbles[1], jnp.int8), pltpu.bitcast(nibbles[0], jnp.int8)",
+        "pltpu.bitcast(nibbles[0], dtype), pltpu.bitcast(nibbles[1], dtype)",
+        "pltpu.bitcast(nibbles[1], dtype), pltpu.bitcast(nibbles[0], dtype)",
         DECODE,
     ),
     "no_mask": ("jnp.where(seen, scores, MASKED)", "scores", DECODE),
@@ -43,13 +46,16 @@ ATTENTION_MUTATIONS = {
         "tuple(v for v",
         BF16,
     ),
-    "no_second_limb": ("product[:n] + product[n:] * weight", "product[:n]", DECODE),
+    "no_second_limb": ("(high << 8) + low", "high << 8", DECODE),
     "no_decay": ("total = total * decay +", "total = total +", DECODE),
-    "no_sinks": ("total = jnp.exp(sinks_ref[...] - running_max)", "pass", DECODE),
+    "no_sinks": ("total = jnp.exp2(sinks - running_max)", "pass", DECODE),
     "heads_mixed": ("(row >= h * head_rows) & (row < (h + 1) * head_rows)", "row >= 0", DECODE),
+    "heads_of_scales_mixed": ("first = g * share //", "first = 0 * share //", SMALL_PAGES),
+    "folded_scales_mixed": ("(kind * share + i) * page_size", "i * page_size", SMALL_PAGES),
+    "folded_heads_mixed": ("runs[h % share]", "runs[0]", SMALL_PAGES),
     "no_query_rotation": ("if signs_ref is not None:", "if False:", DECODE),
     "no_output_rotation": ("if format.value_order > 1 and", "if False and", ROTATED),
-    "first_layer": ("data_hbm.at[layer_ref[0], page_id]", "data_hbm.at[0, page_id]", DECODE),
+    "first_layer": ("layer_start + table_ref", "table_ref", DECODE),
 }
 
 SCATTERED, RUN = (
@@ -57,6 +63,7 @@ SCATTERED, RUN = (
     for name in ("scattered", "run")
 )
 LAYER = cases.WriteCase("layer", layers=2, layer=1, page_size=32, slots=(3, -1, 70))
+FOLDED = cases.WriteCase("folded", page_size=32, kv_heads=4, slots=(3, -1, 70))
 
 WRITE_MUTATIONS = {
     "no_wait_for_the_read": ("copy(i, 0).wait()", "pass", LAYER),
@@ -65,7 +72,10 @@ WRITE_MUTATIONS = {
     "nibbles_swapped": ("k_codes + 16 * v_codes", "v_codes + 16 * k_codes", LAYER),
     "no_rotation": ("if signs is None or order == 1:", "if True:", LAYER),
     "old_rows_lost": ("jnp.where(new, part(0, h), old)", "part(0, h)", LAYER),
-    "old_words_lost": ("jnp.where(new, part, ref[kind])", "part", LAYER),
+    "old_words_lost": ("jnp.where(new, part, ref[kind])", "part", SCATTERED),
+    "old_folded_words_lost": ("mine = new & (run", "mine = (run", FOLDED),
+    "folded_words_mixed": ("run == i * chunk", "run >= 0", FOLDED),
+    "folded_heads_mixed": ("h % share * (kv_heads // share) + h // share", "h", FOLDED),
     "second_block_lost": ("slots_ref[first_token + i]", "slots_ref[i]", RUN),
     "first_layer": ("array.at[(layer_ref[0], page,", "array.at[(0, page,", LAYER),
 }
@@ -97,12 +107,14 @@ def test_broken_write_is_caught(mutation):
         test_mosaic_tpu.check_write(case, test_mosaic_tpu.INTERPRET, mutated(write, old, new))
 
 
-@pytest.mark.parametrize("case", [DECODE, CHUNK, ROTATED, BF16], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [DECODE, CHUNK, ROTATED, BF16, SMALL_PAGES], ids=lambda case: case.name
+)
 def test_whole_attention_passes(case, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_TOKENS", 128)
     test_mosaic_tpu.check_attention(case, test_mosaic_tpu.INTERPRET)
 
 
-@pytest.mark.parametrize("case", [LAYER, SCATTERED, RUN], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [LAYER, SCATTERED, RUN, FOLDED], ids=lambda case: case.name)
 def test_whole_write_passes(case):
     test_mosaic_tpu.check_write(case, test_mosaic_tpu.INTERPRET)
