@@ -57,23 +57,16 @@ class Blocks:
     """How the work is cut.
 
     Attributes:
-      processors: multiprocessors of the device; each runs
-      workers: so many warpgroups, which take one piece of work after another.
-      slots: blocks of 128 tokens in shared memory at a time, for each worker.
-      max_splits: most parts of a context: joining them takes time too.
+      programs: contexts are cut into parts while that makes no more programs than this: more than
+        run at once, because memory serves some multiprocessors faster than others,
+      max_splits: and into no more parts than this: joining them takes time too.
+      slots: blocks of 128 tokens in shared memory at a time. A block is read into registers at
+        once, so that one slot is enough for copies beside the arithmetic.
     """
 
-    processors: int = 132
-    workers: int = 4
-    slots: int = 3
+    programs: int = 1056
     max_splits: int = 64
-
-
-def default_blocks(rows: int) -> Blocks:
-    """As many workers as have registers enough for so many query rows."""
-    if rows <= 4:
-        return Blocks()
-    return Blocks(workers=3, slots=3) if rows <= 8 else Blocks(workers=2, slots=4)
+    slots: int = 2
 
 
 # --- Layouts: who holds what ----------------------------------------------------------------------
@@ -174,16 +167,12 @@ def paged_attention(
     kv_heads, page_size = pages.kv_heads, pages.page_size
     group = heads // kv_heads
     rows = -(-queries * group // 4) * 4
-    blocks = default_blocks(rows) if blocks is None else blocks
+    blocks = Blocks() if blocks is None else blocks
     chunk = math.gcd(page_size, TOKENS)
     chunks = TOKENS // chunk
     words = head_dim // 4
-    # Parts of all sequences for one KV head: as many as there are workers, at least one for each.
-    workers = blocks.processors * blocks.workers
-    parts = max(batch, min(workers // kv_heads, batch * blocks.max_splits))
-    split = parts > batch
-    items = parts * kv_heads
-    grid = min(blocks.processors, pl.cdiv(items, blocks.workers))
+    # Of all sequences, for one KV head.
+    parts = max(batch, min(blocks.programs // kv_heads, batch * blocks.max_splits))
     work, starts = schedule(lengths, query_lengths, parts, window=window)
     q_rows = q.reshape(batch, queries, kv_heads, group, head_dim).swapaxes(1, 2)
     q_rows = q_rows.reshape(batch, kv_heads, queries * group, head_dim)
@@ -212,7 +201,6 @@ def paged_attention(
         order=pages.format.order,
         factor=scale * LOG2_E if soft_cap is None else scale / soft_cap,
         chunk=chunk,
-        workers=blocks.workers,
         slots=blocks.slots,
         causal=causal,
         window=window,
@@ -221,13 +209,10 @@ def paged_attention(
     )
 
     def decode_attention(*refs):
-        kernel(
-            **dict(zip(arrays, refs, strict=False)),
-            outputs=refs[len(arrays) : -7],
-            scratch=refs[-7:],
-        )
+        inputs, outputs, scratch = refs[: len(arrays)], refs[len(arrays) : -7], refs[-7:]
+        kernel(**dict(zip(arrays, inputs, strict=True)), outputs=outputs, scratch=scratch)
 
-    def options(reduction_scratch_bytes):
+    def options(reduction_scratch_bytes=0):
         return dict(
             compiler_params=plgpu.CompilerParams(
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -241,44 +226,45 @@ def paged_attention(
     value_order = pages.format.value_order
     dtype = q.dtype if value_order == 1 else jnp.float32
     out_type = jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim), dtype)
-    at_once = max(4, min(64, pl.next_power_of_2(parts // batch)))  # parts joined in a turn
-    split_type = [
+    at_once = max(WARPS, min(64, pl.next_power_of_2(parts // batch)))  # parts joined in a turn
+    part_types = [
         jax.ShapeDtypeStruct((parts + at_once, kv_heads, rows), jnp.float32),
         jax.ShapeDtypeStruct((parts + at_once, kv_heads, rows, head_dim), jnp.float32),
     ]
     swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    ring = blocks.workers, blocks.slots, chunks, 2
     out = plgpu.kernel(
         decode_attention,
-        out_type=split_type if split else out_type,
-        grid=(grid,),
-        grid_names=("program",),
-        num_threads=blocks.workers,
-        thread_name="worker",
+        out_type=part_types if parts > batch else out_type,
+        grid=(parts, kv_heads),  # the heads of a part beside one another, as its pages are
+        grid_names=("part", "head"),
         scratch_types=[
-            plgpu.SMEM((*ring, chunk // 2, 2 * words), jnp.uint16, transforms=swizzled),
-            plgpu.SMEM((*ring, chunk // 32, 32), jnp.uint32),
-            plgpu.Barrier(num_arrivals=2 * chunks, num_barriers=blocks.workers * blocks.slots),
-            plgpu.SMEM((blocks.workers, 2, rows, words), jnp.uint32),
-            plgpu.SMEM((blocks.workers, 2, rows), jnp.float32),
-            plgpu.SMEM((blocks.workers, 3, WARPS, rows), jnp.float32),
-            plgpu.SMEM((blocks.workers, WARPS, words, rows), jnp.float32),
+            plgpu.SMEM(
+                (blocks.slots, chunks, 2, chunk // 2, 2 * words), jnp.uint16, transforms=swizzled
+            ),
+            plgpu.SMEM((blocks.slots, chunks, 2, chunk // 32, 32), jnp.uint32),
+            plgpu.Barrier(num_arrivals=2 * chunks, num_barriers=blocks.slots),
+            plgpu.SMEM((2, rows, words), jnp.uint32),
+            plgpu.SMEM((2, rows), jnp.float32),
+            plgpu.SMEM((3, WARPS, rows), jnp.float32),
+            plgpu.SMEM((WARPS, words, rows), jnp.float32),
         ],
-        **options(0),
+        **options(),
     )(*arrays.values())
-    if split:
+    if parts > batch:
+
+        def join_parts(*refs):
+            _join(*refs, at_once=at_once, gpu=not interpret)
+
         out = plgpu.kernel(
-            functools.partial(_join, at_once=at_once),
+            join_parts,
             out_type=out_type,
-            grid=(rows, kv_heads, batch),
-            grid_names=("row", "head", "batch"),
+            grid=(batch, kv_heads, rows),
+            grid_names=("batch", "head", "row"),
             **options(WARPS * 4 * head_dim),
         )(*out, starts)
     out = out[:, :, : queries * group]  # [B, K, T * G, D]
     out = out.reshape(batch, kv_heads, queries, group, head_dim).swapaxes(1, 2).reshape(q.shape)
-    if pages.format.value_order > 1:
-        out = page_format.rotate(out, pages.format.value_order).astype(q.dtype)
-    return out
+    return out if value_order == 1 else page_format.rotate(out, value_order).astype(q.dtype)
 
 
 def schedule(
@@ -287,7 +273,7 @@ def schedule(
     count: int,
     *,
     window: int | None,
-) -> tuple[Int[Array, "parts 4"], Int[Array, "B+1"]]:
+) -> tuple[Int[Array, "parts 5"], Int[Array, "B+1"]]:
     """Cuts the sequences into `count` parts at most, none longer than it must be.
 
     It depends on the lengths only, so that XLA computes it once for all layers of a step.
@@ -299,9 +285,10 @@ def schedule(
       window: see `pallas_kernels.paged_attention`.
 
     Returns:
-      for each part its sequence, its first block, how many, and which part of the sequence it is
-        (0: the first); what is left of `count` has -1 blocks;
-      for each sequence its first part, and at last their number.
+      for each part, the longest first: its sequence, its first block, how many, which part of the
+        sequence it is (0: the first), and its place among the parts in order of sequences; what is
+        left of `count` has -1 blocks;
+      for each sequence the place of its first part, and at last their number.
     """
     begin = jnp.zeros_like(lengths)
     if window is not None:
@@ -322,8 +309,8 @@ def schedule(
     # Of equal length but for one block.
     each, more = blocks // parts, blocks % parts
     first = low[sequence] + part * each[sequence] + jnp.minimum(part, more[sequence])
-    turns = each[sequence] + (part < more[sequence])
-    work = jnp.stack([sequence, first, jnp.where(idle, -1, turns), part], axis=1)
+    turns = jnp.where(idle, -1, each[sequence] + (part < more[sequence]))
+    work = jnp.stack([sequence, first, turns, part, place], axis=1)[jnp.argsort(-turns)]
     return work.astype(jnp.int32), starts.astype(jnp.int32)
 
 
@@ -358,40 +345,27 @@ def _attend(
     order: int,
     factor: float,
     chunk: int,
-    workers: int,
     slots: int,
     causal: bool,
     window: int | None,
     soft_cap: float | None,
     gpu: bool,
 ):
-    """One worker. Arrays are whole; what is static comes after `scratch`."""
-    worker = lax.axis_index("worker")
-    data_smem, scales_smem, barriers, *others = scratch
-    data_smem, scales_smem = data_smem.at[worker], scales_smem.at[worker]
-    digits_smem, rows_smem, stats_smem, sums_smem = (x.at[worker] for x in others)
+    """One program. Arrays are whole; what is static comes after `scratch`."""
+    data_smem, scales_smem, barriers, digits_smem, rows_smem, stats_smem, sums_smem = scratch
     chunks = TOKENS // chunk
     words = data.shape[-1] // 2
-    kv_heads = data.shape[2]
-    layer = layer[0]
+    kv_head, layer = lax.axis_index("head"), layer[0]
+    batch, low, turns, part, place = (work[lax.axis_index("part"), i] for i in range(5))
+    length, real_queries = lengths[batch], query_lengths[batch]
     *log_totals, means = outputs
-    if log_totals:
-        plgpu.griddepcontrol_launch_dependents()
-    items = work.shape[0] * kv_heads
-    stride = lax.axis_size("program") * workers
+    if log_totals and gpu:
+        plgpu.griddepcontrol_launch_dependents()  # the joining kernel may take its places
 
-    # --- Copies: block number `turn` of an item into slot turn % slots --------------------------
+    # --- Copies: block number `turn` of the part into slot turn % slots -------------------------
 
-    def item_at(step):
-        item = step * stride + lax.axis_index("program") * workers + worker
-        place = jnp.minimum(lax.div(item, kv_heads), work.shape[0] - 1)
-        batch, low, turns, part = (work[place, i] for i in range(4))
-        turns = jnp.where(item < items, turns, -1)
-        return turns, low, lax.rem(item, kv_heads), batch, lengths[batch], place, part
-
-    def page_ids(item, turn):
+    def page_ids(turn):
         """Of the block's chunks. Loaded a turn before they are needed."""
-        _, low, _, batch, length, *_ = item
         token = (low + turn) * TOKENS
         last = jnp.maximum(length - 1, 0)
         return tuple(
@@ -399,224 +373,194 @@ def _attend(
             for i in range(chunks)
         )
 
-    def copy(item, turn, ids):
-        _, low, kv_head, *_ = item
+    def copy(turn, ids):
         slot = lax.rem(turn, slots)
-        barrier = barriers.at[worker * slots + slot]
         for i, page in enumerate(ids):
             offset = lax.rem((low + turn) * TOKENS + i * chunk, page_size)
             for source, target, tokens in ((data, data_smem, 2), (scales, scales_smem, 32)):
                 size = chunk // tokens
                 within = pl.ds(pl.multiple_of(lax.div(offset, tokens), size), size)
                 source = source.at[layer, page, kv_head, :, within]
-                plgpu.copy_gmem_to_smem(source, target.at[slot, i], barrier)
+                plgpu.copy_gmem_to_smem(source, target.at[slot, i], barriers.at[slot])
 
-    def start_copies(item):
-        for turn in range(slots):
-            ids = page_ids(item, turn)
-            pl.when(turn < item[0])(functools.partial(copy, item, turn, ids))
+    for turn in range(slots):
+        pl.when(turn < turns)(functools.partial(copy, turn, page_ids(turn)))
 
-    start_copies(item_at(0))
+    # --- Queries --------------------------------------------------------------------------------
+    # One array [row, word] for each nibble of the words: channel = nibble * words + word.
+    pieces = [
+        plgpu.load(
+            q.at[batch, kv_head, :, pl.ds(i * words, words)], layout=QUERIES, optimized=False
+        ).astype(jnp.float32)
+        for i in range(4)
+    ]
+    pieces = _rotate(pieces, order, gpu)
+    largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, pieces)), axis=1)
+    unit = jnp.where(largest > 0, largest, 1) * (1 / QUERY_UNITS)
+    inverse = plgpu.layout_cast(lax.broadcast_in_dim(1 / unit, pieces[0].shape, (0,)), QUERIES)
+    pieces = [x * inverse for x in pieces]
+    rows_smem.at[0][...] = unit * factor  # a unit of a row's products with codes, as a score
+    rows_smem.at[1][...] = jnp.sum(functools.reduce(jnp.add, pieces), axis=1)  # times a key of ones
+    for i in range(2):  # nibbles 0 and 2 are in one mask, 1 and 3 in the other, times 16
+        lower, upper = (_digits(x * (1 / 16 if i else 1)) for x in (pieces[i], pieces[i + 2]))
+        digits_smem.at[i][...] = lower | upper << jnp.uint32(16)
+    _wait_for_all_warps(gpu)
+    unit, total_query = (
+        plgpu.load(rows_smem.at[i], layout=ROWS, optimized=False) for i in range(2)
+    )
+    q_low, q_high = (
+        _query_columns(plgpu.load(digits_smem.at[i], layout=DIGITS, optimized=False), gpu)
+        for i in range(2)
+    )
+    row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROWS)
+    query = lax.div(row, group)
+    # Rows that are no queries see what the others see, so that they hinder nothing.
+    position = jnp.minimum(query, real_queries - 1) + (length - real_queries)
 
-    def attend(step, _):
-        item = item_at(step)
-        turns, low, kv_head, batch, length, place, part = item
-        real_queries = query_lengths[batch]
-        # Tokens from full_begin to full_end - 1 all rows see.
-        full_end = length - real_queries + 1 if causal else length
-        full_begin = jnp.int32(0)
-        if window is not None:
-            full_begin = jnp.maximum(length - window, 0)
+    # --- The loop over blocks of tokens ---------------------------------------------------------
 
-        # --- Queries --------------------------------------------------------------------------------
-        # One array [row, word] for each nibble of the words: channel = nibble * words + word.
-        pieces = [
-            plgpu.load(
-                q.at[batch, kv_head, :, pl.ds(i * words, words)], layout=QUERIES, optimized=False
-            ).astype(jnp.float32)
-            for i in range(4)
-        ]
-        pieces = _rotate(pieces, order, gpu)
-        largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, pieces)), axis=1)
-        unit = jnp.where(largest > 0, largest, 1) * (1 / QUERY_UNITS)
-        inverse = plgpu.layout_cast(lax.broadcast_in_dim(1 / unit, pieces[0].shape, (0,)), QUERIES)
-        pieces = [x * inverse for x in pieces]
-        rows_smem.at[0][...] = unit * factor  # a unit of a row's products with codes, as a score
-        rows_smem.at[1][...] = jnp.sum(
-            functools.reduce(jnp.add, pieces), axis=1
-        )  # times a key of ones
-        for i in range(2):  # nibbles 0 and 2 are in one mask, 1 and 3 in the other, times 16
-            lower, upper = (_digits(x * (1 / 16 if i else 1)) for x in (pieces[i], pieces[i + 2]))
-            digits_smem.at[i][...] = lower | upper << jnp.uint32(16)
-        _wait_for_all_warps(gpu)
-        unit, total_query = (
-            plgpu.load(rows_smem.at[i], layout=ROWS, optimized=False) for i in range(2)
-        )
-        q_low, q_high = (
-            _query_columns(plgpu.load(digits_smem.at[i], layout=DIGITS, optimized=False), gpu)
-            for i in range(2)
-        )
-        row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROWS)
-        query = lax.div(row, group)
-        # Rows that are no queries see what the others see, so that they hinder nothing.
-        position = jnp.minimum(query, real_queries - 1) + (length - real_queries)
+    def attend_block(turn, carry, masked):
+        running_max, total, shift, acc, next_ids = carry
+        slot = lax.rem(turn, slots)
+        plgpu.barrier_wait(barriers.at[slot])
+        key_words = plgpu.load(data_smem.at[slot, :, 0], layout=_keys_layout(chunks))
+        value_words = plgpu.load(data_smem.at[slot, :, 1], layout=_values_layout(chunks))
 
-        # --- The loop over blocks of tokens ---------------------------------------------------------
-
-        def attend_block(turn, carry, masked):
-            running_max, total, shift, acc, next_ids = carry
-            slot = lax.rem(turn, slots)
-            plgpu.barrier_wait(barriers.at[worker * slots + slot])
-            key_words = plgpu.load(data_smem.at[slot, :, 0], layout=_keys_layout(chunks))
-            value_words = plgpu.load(data_smem.at[slot, :, 1], layout=_values_layout(chunks))
-
-            scale_words = [
-                _even_and_odd(
-                    plgpu.load(
-                        scales_smem.at[slot, :, kind],
-                        layout=_scales_layout(chunks),
-                        optimized=False,
-                    ),
-                    gpu,
-                )
-                for kind in range(2)
-            ]
-            _wait_for_all_warps(gpu)  # they have read the slot
-
-            @pl.when(turn + slots < turns)
-            def _():
-                copy(item, turn + slots, next_ids)
-
-            low_codes, high_codes = (key_words & jnp.uint16(mask) for mask in (0x0F0F, 0xF0F0))
-            products = _keys_dot_queries(low_codes, high_codes, q_low, q_high, gpu)
-
-            # Scores, and what they are compared by: the size of their share of the output.
-            scores, shares, visible, value_scales = [], [], [], []
-            for half, x in enumerate(products):  # [warp, pair, row] of even tokens, of odd tokens
-                key_word, value_word = scale_words[0][half], scale_words[1][half]
-                token = _token(x.shape, BY_WARP, half) + (low + turn) * TOKENS
-                if masked:  # a slot never written may hold anything, and 0 * nan is nan
-                    written = _token(key_word.shape, ITEMS, half) + (low + turn) * TOKENS < length
-                    key_word = jnp.where(written, key_word, jnp.uint32(0))
-                    value_word = jnp.where(written, value_word, jnp.uint32(0))
-                key_scale, key_minimum = _split_scales(key_word)
-                value_scale, value_minimum = _split_scales(value_word)
-                value_scale = value_scale + TINY
-                x = x.astype(jnp.float32) * _of_items(key_scale, x)
-                x = x + _of_items(key_minimum, x) * _of_rows(total_query, x)
-                x = x * _of_rows(unit, x)
-                if soft_cap is not None:
-                    x = soft_cap * LOG2_E * jnp.tanh(x)
-                if masked:
-                    last = position if causal else jnp.zeros_like(position) + (length - 1)
-                    see = token <= _of_rows(last, x)
-                    if window is not None:
-                        see &= token > _of_rows(position - window, x)
-                    x = jnp.where(see, x, MASKED)
-                    visible.append(see)
-                scores.append(x)
-                value_scales.append((value_scale, value_minimum))
-                shares.append(x + _of_items(jnp.log2(value_scale), x))
-
-            block_max = jnp.max(jnp.maximum(*shares), axis=1)  # [warp, row]
-            new_max = jnp.maximum(running_max, block_max)
-            decay, grow = jnp.exp2(running_max - new_max), jnp.exp2(block_max - new_max)
-
-            block_total = block_shift = None
-            numbers = []
-            for half, x in enumerate(scores):
-                value_scale, value_minimum = value_scales[half]
-                weights = jnp.exp2(x - _of_warp_rows(block_max, x))
-                if masked:
-                    weights = jnp.where(visible[half], weights, 0)
-                shifts = weights * _of_items(value_minimum, x)
-                block_total = weights if half == 0 else block_total + weights
-                block_shift = shifts if half == 0 else block_shift + shifts
-                # Rounded to an integer in the low bits of a float32.
-                x = weights * _of_items(value_scale, x) * WEIGHT_UNITS + 2.0**23
-                numbers.append(lax.bitcast_convert_type(x, jnp.uint32))
-            old, new = _of_warp_rows(decay, total), _of_warp_rows(grow, total)
-            total = total * old + block_total * new
-            shift = shift * old + block_shift * new
-            sums = _values_dot_weights(value_words, *numbers, gpu)
-            old, new = _of_warp_rows(decay, acc[0]), _of_warp_rows(grow, acc[0])
-            acc = tuple(
-                a * old + x.astype(jnp.float32) * new for a, x in zip(acc, sums, strict=True)
+        scale_words = [
+            _even_and_odd(
+                plgpu.load(
+                    scales_smem.at[slot, :, kind],
+                    layout=_scales_layout(chunks),
+                    optimized=False,
+                ),
+                gpu,
             )
-            return new_max, total, shift, acc, page_ids(item, turn + slots + 1)
+            for kind in range(2)
+        ]
+        _wait_for_all_warps(gpu)  # they have read the slot
 
-        def zeros(items):
-            return plgpu.layout_cast(jnp.zeros((WARPS, items, rows), jnp.float32), BY_WARP)
+        @pl.when(turn + slots < turns)
+        def _():
+            copy(turn + slots, next_ids)
 
-        running_max = plgpu.layout_cast(jnp.full((WARPS, rows), MASKED, jnp.float32), WARP_ROWS)
-        sums = zeros(PAIRS), zeros(PAIRS), tuple(zeros(words) for _ in range(4))
-        carry = (running_max, *sums, page_ids(item, slots))
+        low_codes, high_codes = (key_words & jnp.uint16(mask) for mask in (0x0F0F, 0xF0F0))
+        products = _keys_dot_queries(low_codes, high_codes, q_low, q_high, gpu)
 
-        full_high = jnp.minimum(jnp.maximum(lax.div(full_end, TOKENS) - low, 0), turns)
-        full_low = jnp.int32(0)
-        if window is not None:
-            full_low = jnp.minimum(jnp.maximum(_cdiv(full_begin, TOKENS) - low, 0), full_high)
-            carry = lax.fori_loop(0, full_low, functools.partial(attend_block, masked=True), carry)
-        carry = lax.fori_loop(
-            full_low, full_high, functools.partial(attend_block, masked=False), carry
-        )
-        carry = lax.fori_loop(full_high, turns, functools.partial(attend_block, masked=True), carry)
-        running_max, total, shift, acc, *_ = carry
+        # Scores, and what they are compared by: the size of their share of the output.
+        scores, shares, visible, value_scales = [], [], [], []
+        for half, x in enumerate(products):  # [warp, pair, row] of even tokens, of odd tokens
+            key_word, value_word = scale_words[0][half], scale_words[1][half]
+            token = _token(x.shape, BY_WARP, half) + (low + turn) * TOKENS
+            if masked:  # a slot never written may hold anything, and 0 * nan is nan
+                written = _token(key_word.shape, ITEMS, half) + (low + turn) * TOKENS < length
+                key_word = jnp.where(written, key_word, jnp.uint32(0))
+                value_word = jnp.where(written, value_word, jnp.uint32(0))
+            key_scale, key_minimum = _split_scales(key_word)
+            value_scale, value_minimum = _split_scales(value_word)
+            value_scale = value_scale + TINY
+            x = x.astype(jnp.float32) * _of_items(key_scale, x)
+            x = x + _of_items(key_minimum, x) * _of_rows(total_query, x)
+            x = x * _of_rows(unit, x)
+            if soft_cap is not None:
+                x = soft_cap * LOG2_E * jnp.tanh(x)
+            if masked:
+                last = position if causal else jnp.zeros_like(position) + (length - 1)
+                see = token <= _of_rows(last, x)
+                if window is not None:
+                    see &= token > _of_rows(position - window, x)
+                x = jnp.where(see, x, MASKED)
+                visible.append(see)
+            scores.append(x)
+            value_scales.append((value_scale, value_minimum))
+            shares.append(x + _of_items(jnp.log2(value_scale), x))
 
-        start_copies(item_at(step + 1))  # every slot has been read
+        block_max = jnp.max(jnp.maximum(*shares), axis=1)  # [warp, row]
+        new_max = jnp.maximum(running_max, block_max)
+        decay, grow = jnp.exp2(running_max - new_max), jnp.exp2(block_max - new_max)
 
-        # --- Output -----------------------------------------------------------------------------
-        stats_smem.at[0][...] = running_max
-        stats_smem.at[1][...] = jnp.sum(total, axis=1)
-        stats_smem.at[2][...] = jnp.sum(shift, axis=1)
+        block_total = block_shift = None
+        numbers = []
+        for half, x in enumerate(scores):
+            value_scale, value_minimum = value_scales[half]
+            weights = jnp.exp2(x - _of_warp_rows(block_max, x))
+            if masked:
+                weights = jnp.where(visible[half], weights, 0)
+            shifts = weights * _of_items(value_minimum, x)
+            block_total = weights if half == 0 else block_total + weights
+            block_shift = shifts if half == 0 else block_shift + shifts
+            # Rounded to an integer in the low bits of a float32.
+            x = weights * _of_items(value_scale, x) * WEIGHT_UNITS + 2.0**23
+            numbers.append(lax.bitcast_convert_type(x, jnp.uint32))
+        old, new = _of_warp_rows(decay, total), _of_warp_rows(grow, total)
+        total = total * old + block_total * new
+        shift = shift * old + block_shift * new
+        sums = _values_dot_weights(value_words, *numbers, gpu)
+        old, new = _of_warp_rows(decay, acc[0]), _of_warp_rows(grow, acc[0])
+        acc = tuple(a * old + x.astype(jnp.float32) * new for a, x in zip(acc, sums, strict=True))
+        return new_max, total, shift, acc, page_ids(turn + slots + 1)
+
+    def zeros(items):
+        return plgpu.layout_cast(jnp.zeros((WARPS, items, rows), jnp.float32), BY_WARP)
+
+    running_max = plgpu.layout_cast(jnp.full((WARPS, rows), MASKED, jnp.float32), WARP_ROWS)
+    sums = zeros(PAIRS), zeros(PAIRS), tuple(zeros(words) for _ in range(4))
+    carry = (running_max, *sums, page_ids(slots))
+
+    # Tokens from full_begin to full_end - 1 all rows see.
+    full_end = length - real_queries + 1 if causal else length
+    full_high = jnp.minimum(jnp.maximum(lax.div(full_end, TOKENS) - low, 0), turns)
+    full_low = jnp.int32(0)
+    if window is not None:
+        full_begin = jnp.maximum(length - window, 0)
+        full_low = jnp.minimum(jnp.maximum(_cdiv(full_begin, TOKENS) - low, 0), full_high)
+        carry = lax.fori_loop(0, full_low, functools.partial(attend_block, masked=True), carry)
+    carry = lax.fori_loop(full_low, full_high, functools.partial(attend_block, masked=False), carry)
+    carry = lax.fori_loop(full_high, turns, functools.partial(attend_block, masked=True), carry)
+    running_max, total, shift, acc, *_ = carry
+
+    # --- Output -----------------------------------------------------------------------------
+    stats_smem.at[0][...] = running_max
+    stats_smem.at[1][...] = jnp.sum(total, axis=1)
+    stats_smem.at[2][...] = jnp.sum(shift, axis=1)
+    _wait_for_all_warps(gpu)
+
+    def of_warps(i):
+        return [
+            plgpu.load(stats_smem.at[i, warp], layout=ROWS, optimized=False)
+            for warp in range(WARPS)
+        ]
+
+    largest = functools.reduce(jnp.maximum, of_warps(0))
+    if sinks is not None:  # a sink is a key with this score and no value, in the first part
+        sink = plgpu.load(sinks.at[kv_head], layout=ROWS, optimized=False)
+        sink = jnp.where(part == 0, jnp.maximum(sink, MASKED), MASKED)
+        largest = jnp.maximum(largest, sink)
+    shares = [jnp.exp2(x - largest) for x in of_warps(0)]
+    total, shift = (
+        functools.reduce(jnp.add, [x * y for x, y in zip(of_warps(i), shares, strict=True)])
+        for i in (1, 2)
+    )
+    if sinks is not None:
+        total = total + jnp.where(sink > MASKED, jnp.exp2(sink - largest), 0)
+    real = (query < real_queries) & (row < queries * group)
+    some = real & ((total > 0) | (total != total))
+    inverse = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
+    for nibble, x in enumerate(acc):
+        sums_smem[...] = x
+        _wait_for_all_warps(gpu)
+        out = shift * inverse
+        out = plgpu.layout_cast(lax.broadcast_in_dim(out, (words, rows), (1,)), OUTPUT)
+        for warp in range(WARPS):
+            x = plgpu.load(sums_smem.at[warp], layout=OUTPUT, optimized=False)
+            y = shares[warp] * inverse * (1 / (WEIGHT_UNITS * (16 if nibble % 2 else 1)))
+            out = out + x * plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, (1,)), OUTPUT)
         _wait_for_all_warps(gpu)
 
-        def of_warps(i):
-            return [
-                plgpu.load(stats_smem.at[i, warp], layout=ROWS, optimized=False)
-                for warp in range(WARPS)
-            ]
-
-        largest = functools.reduce(jnp.maximum, of_warps(0))
-        if sinks is not None:  # a sink is a key with this score and no value, in the first part
-            sink = plgpu.load(sinks.at[kv_head], layout=ROWS, optimized=False)
-            sink = jnp.where(part == 0, jnp.maximum(sink, MASKED), MASKED)
-            largest = jnp.maximum(largest, sink)
-        shares = [jnp.exp2(x - largest) for x in of_warps(0)]
-        total, shift = (
-            functools.reduce(jnp.add, [x * y for x, y in zip(of_warps(i), shares, strict=True)])
-            for i in (1, 2)
-        )
-        if sinks is not None:
-            total = total + jnp.where(sink > MASKED, jnp.exp2(sink - largest), 0)
-        real = (query < real_queries) & (row < queries * group)
-        some = real & ((total > 0) | (total != total))
-        inverse = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
-        for nibble, x in enumerate(acc):
-            sums_smem[...] = x
-            _wait_for_all_warps(gpu)
-            out = shift * inverse
-            out = plgpu.layout_cast(lax.broadcast_in_dim(out, (words, rows), (1,)), OUTPUT)
-            for warp in range(WARPS):
-                x = plgpu.load(sums_smem.at[warp], layout=OUTPUT, optimized=False)
-                y = shares[warp] * inverse * (1 / (WEIGHT_UNITS * (16 if nibble % 2 else 1)))
-                out = out + x * plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, (1,)), OUTPUT)
-            _wait_for_all_warps(gpu)
-
-            @pl.when(turns >= 0)
-            def _():
-                where = place if log_totals else batch
-                channels = means.at[where, kv_head, :, pl.ds(nibble * words, words)]
-                channels.transpose((1, 0))[...] = out.astype(means.dtype)
-
-        if log_totals:
-
-            @pl.when(turns >= 0)
-            def _():
-                log_total = jnp.where(some, largest + jnp.log2(jnp.where(some, total, 1)), MASKED)
-                log_totals[0].at[place, kv_head][...] = log_total
-
-    lax.fori_loop(0, pl.cdiv(items, stride), attend, None)
+        channels = means.at[place, kv_head, :, pl.ds(nibble * words, words)]
+        channels.transpose((1, 0))[...] = out.astype(means.dtype)
+    if log_totals:
+        log_total = jnp.where(some, largest + jnp.log2(jnp.where(some, total, 1)), MASKED)
+        log_totals[0].at[place, kv_head][...] = log_total
 
 
 def _cdiv(a, b: int):
@@ -943,12 +887,13 @@ def _join_digits(acc, shape):
 # --- Joining the parts ----------------------------------------------------------------------------
 
 
-def _join(log_totals, means, starts, out, *, at_once: int):
+def _join(log_totals, means, starts, out, *, at_once: int, gpu: bool):
     """One row of a sequence: the mean of its parts' outputs, weighted by 2**log_totals."""
     row, kv_head = lax.axis_index("row"), lax.axis_index("head")
     batch = lax.axis_index("batch")
     first, last = starts[batch], starts[batch + 1]
-    plgpu.griddepcontrol_wait()
+    if gpu:
+        plgpu.griddepcontrol_wait()  # for all that the decode kernel writes
     turns = _cdiv(last - first, at_once)
     shape = (at_once, means.shape[3])
 
