@@ -49,7 +49,7 @@ LOG2_E = math.log2(math.e)
 TINY = 2.0**-104
 
 QUERY_UNITS = 32_512  # the largest query, in its row's units: 127 * 256
-WEIGHT_UNITS = 65_535  # the largest weight
+WEIGHT_UNITS = 32_768  # the largest weight: half of what 16 bits hold, for what exp2 and log2 err
 
 
 @dataclasses.dataclass(frozen=True)
@@ -634,7 +634,7 @@ def _element(register, i: int):
 
 def _rotate(pieces, order: int, gpu: bool):
     """`page_format.rotate` of [row, channel], given as four arrays [row, word] of channels."""
-    rows, words = pieces[0].shape
+    words = pieces[0].shape[1]
     if not gpu:
         q = page_format.rotate(jnp.concatenate(pieces, axis=1), order)
         return jnp.split(q, 4, axis=1)
@@ -745,10 +745,9 @@ def _fragments(registers, shape, layout, is_signed):
 def _keys_dot_queries(low, high, q_low, q_high, gpu: bool):
     """Codes of keys times queries: for even and for odd tokens, int32 [warp, pair, row].
 
-    Args:
-      low, high: codes as bytes, `uint16 [chunk, pair, 64]`, the second times 16. A pair is the words
-        of an even token, then those of the odd one.
-      q_low, q_high: the digits for each, `int8 [bytes of a token, 2 * rows]`.
+    `low` and `high` are codes as bytes, `uint16 [chunk, pair, 64]`, the second times 16; a pair is
+    the words of an even token, then those of the odd one. `q_low` and `q_high` are the digits for
+    each, `int8 [bytes of a token, 2 * rows]`.
     """
     rows = q_low.shape[1] // 2
     shape = (WARPS, PAIRS, rows)
@@ -793,11 +792,9 @@ def _keys_dot_queries(low, high, q_low, q_high, gpu: bool):
 def _values_dot_weights(words, even, odd, gpu: bool):
     """Codes of values times weights: int32 [warp, word, row] for each of the four nibbles.
 
-    The second and the fourth are times 16. Each warp sums over its own tokens.
-
-    Args:
-      words: `uint16 [chunk, pair, 64]`, as for keys.
-      even, odd: weights of even and odd tokens, `uint32 [warp, pair, row]`; their low 16 bits count.
+    The second and the fourth are times 16. Each warp sums over its own tokens. `words` are
+    `uint16 [chunk, pair, 64]`, as for keys; the weights of `even` and `odd` tokens
+    `uint32 [warp, pair, row]`, of which the low 16 bits count.
     """
     rows = even.shape[2]
     if not gpu:
@@ -829,14 +826,14 @@ def _values_dot_weights(words, even, odd, gpu: bool):
 
         # Weights: a lane has row t of the pairs g and g + 8, and is to have one digit of row g // 2
         # (the upper one if g is even), of the tokens 4 t .. 4 t + 3 and 16 more.
-        selector = arith.select(_is_odd_column(), constant(0x2604), constant(0x7351))
+        digits = arith.select(_is_odd_column(), constant(0x2604), constant(0x7351))
         operand = []
         for a, b in zip(even.registers.flat, odd.registers.flat, strict=True):
             both = utils.prmt(as_i32(a), as_i32(b), constant(0x5410))
             both = utils.inline_ptx(
                 "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", both, result_types=i32
             )
-            x = utils.prmt(both, utils.shfl_bfly(both, 4), selector)
+            x = utils.prmt(both, utils.shfl_bfly(both, 4), digits)
             operand.append(utils.bitcast(x, _bytes_type()))
         operand = _fragments(operand, (32, 2 * rows), layouts.rhs, False)
 
@@ -844,11 +841,12 @@ def _values_dot_weights(words, even, odd, gpu: bool):
         # have one byte of that word, of four tokens in order.
         found = words.registers.reshape(2, width // 16, 2, 2)  # [odd, tile, word + 8, pair + 8]
         sums = []
-        for byte in range(2):
-            pairs = np.vectorize(
-                lambda a, b: utils.prmt(as_i32(a), as_i32(b), constant((0x6240, 0x7351)[byte])),
-                otypes=[object],
-            )(found[0], found[1])
+        for selector in (0x6240, 0x7351):  # the lower bytes, the upper ones
+            pairs = [
+                utils.prmt(as_i32(a), as_i32(b), constant(selector))
+                for a, b in zip(found[0].flat, found[1].flat, strict=True)
+            ]
+            pairs = np.array(pairs, object).reshape(found.shape[1:])
             pairs = pairs.swapaxes(1, 2)  # [tile, pair + 8, word + 8]
             for mask in (0x0F0F0F0F, 0xF0F0F0F0):
                 codes = [
