@@ -26,6 +26,13 @@ def supported(
     return None if decode.supported(q, pages) is None else prefill.supported(q, pages)
 
 
+def beats_others(
+    q: Float[Array, "B T H D"], pages: Pages, page_table: Int[Array, "B max_pages"]
+) -> bool:
+    """Whether it is faster than the Triton kernel, as measured on an H200: see NOTES.md."""
+    return supported(q, pages, page_table) is None and kernel(q, pages) is decode
+
+
 def kernel(q: Float[Array, "B T H D"], pages: Pages) -> ModuleType:
     """The module whose `paged_attention` runs."""
     return decode if decode.supported(q, pages) is None else prefill

@@ -40,7 +40,7 @@ from pallas_kernels.page_format import Pages
 WARPS = 4
 TOKENS = 128  # in a turn of the loop
 PAIRS = 16  # pairs of neighbouring tokens that a warp has of them
-MAX_ROWS = 16  # of queries; more would take more registers than there are
+MAX_ROWS = 12  # of queries; more would take more registers than there are
 
 # Finite, so that a row with nothing visible yet has exp2(0) to multiply, not exp2(nan).
 MASKED = -1e30
@@ -57,16 +57,17 @@ class Blocks:
     """How the work is cut.
 
     Attributes:
-      programs: contexts are cut into parts while that makes no more programs than this: more than
-        run at once, because memory serves some multiprocessors faster than others,
-      max_splits: and into no more parts than this: joining them takes time too.
-      slots: blocks of 128 tokens in shared memory at a time. A block is read into registers at
-        once, so that one slot is enough for copies beside the arithmetic.
+      programs: contexts are cut into parts while that makes no more programs than this, which is
+        what runs at once,
+      least_turns: and while the longest has so many blocks of 128 tokens in each.
+      slots: blocks in shared memory at a time; `None`: one if contexts are cut, else two. A block
+        is read into registers at once, so that one slot is enough for copies beside the
+        arithmetic; more serve some multiprocessors at the cost of others.
     """
 
-    programs: int = 1056
-    max_splits: int = 64
-    slots: int = 2
+    programs: int = 528
+    least_turns: int = 4
+    slots: int | None = None
 
 
 # --- Layouts: who holds what ----------------------------------------------------------------------
@@ -101,10 +102,6 @@ QUERIES = _layout(((4, 32), (1, 1)), (-4,), (-3,), -1)
 DIGITS = _layout(
     ((4, 16), (4, 8), (1, 2)), (plgpu.Replicated(4),), (-4, plgpu.Replicated(2), -3), -1
 )
-
-
-# [part, channel] of a row's outputs.
-PARTS = _layout(((4, 128), (1, 4)), (-4,), (-3,), -1)
 
 
 def _keys_layout(chunks: int):
@@ -171,20 +168,21 @@ def paged_attention(
     chunk = math.gcd(page_size, TOKENS)
     chunks = TOKENS // chunk
     words = head_dim // 4
-    # Of all sequences, for one KV head.
-    parts = max(batch, min(blocks.programs // kv_heads, batch * blocks.max_splits))
-    work, starts = schedule(lengths, query_lengths, parts, window=window)
+    turns = pl.cdiv(page_table.shape[1] * page_size, TOKENS)
+    parts = min(blocks.programs // (batch * kv_heads), pl.cdiv(turns, blocks.least_turns))
+    parts = max(parts, 1)
+    slots = blocks.slots or (1 if parts > 1 else 2)
     q_rows = q.reshape(batch, queries, kv_heads, group, head_dim).swapaxes(1, 2)
     q_rows = q_rows.reshape(batch, kv_heads, queries * group, head_dim)
     q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, rows - queries * group), (0, 0)))
     # Two tokens to a row of 128 bytes: copies of narrower rows are slower.
     data = pages.data.reshape(*pages.data.shape[:4], page_size // 2, 2 * words)
+    assert pages.scales is not None  # `supported` says so
     scales = pages.scales.reshape(*pages.scales.shape[:4], page_size // 32, 32)
     arrays = dict(
         q=q_rows,
         data=data,
         page_table=page_table,
-        work=work,
         lengths=lengths,
         query_lengths=query_lengths,
         layer=jnp.asarray(layer, jnp.int32).reshape(1),
@@ -201,7 +199,8 @@ def paged_attention(
         order=pages.format.order,
         factor=scale * LOG2_E if soft_cap is None else scale / soft_cap,
         chunk=chunk,
-        slots=blocks.slots,
+        parts=parts,
+        slots=slots,
         causal=causal,
         window=window,
         soft_cap=soft_cap,
@@ -212,106 +211,56 @@ def paged_attention(
         inputs, outputs, scratch = refs[: len(arrays)], refs[len(arrays) : -7], refs[-7:]
         kernel(**dict(zip(arrays, inputs, strict=True)), outputs=outputs, scratch=scratch)
 
-    def options(reduction_scratch_bytes=0):
-        return dict(
-            compiler_params=plgpu.CompilerParams(
-                lowering_semantics=plgpu.LoweringSemantics.Lane,
-                unsafe_no_auto_barriers=True,
-                approx_math=True,
-                reduction_scratch_bytes=reduction_scratch_bytes,
-            ),
-            **(dict(interpret=plgpu.InterpretGPUParams()) if interpret else {}),
-        )
+    options: dict = dict(
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            approx_math=True,
+            reduction_scratch_bytes=0,
+        ),
+        **(dict(interpret=plgpu.InterpretGPUParams()) if interpret else {}),
+    )
 
     value_order = pages.format.value_order
     dtype = q.dtype if value_order == 1 else jnp.float32
     out_type = jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim), dtype)
-    at_once = max(WARPS, min(64, pl.next_power_of_2(parts // batch)))  # parts joined in a turn
     part_types = [
-        jax.ShapeDtypeStruct((parts + at_once, kv_heads, rows), jnp.float32),
-        jax.ShapeDtypeStruct((parts + at_once, kv_heads, rows, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, parts, rows), jnp.float32),
+        jax.ShapeDtypeStruct((batch, kv_heads, parts, rows, head_dim), jnp.float32),
     ]
     swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     out = plgpu.kernel(
         decode_attention,
-        out_type=part_types if parts > batch else out_type,
-        grid=(parts, kv_heads),  # the heads of a part beside one another, as its pages are
-        grid_names=("part", "head"),
+        out_type=part_types if parts > 1 else out_type,
+        grid=(parts, batch, kv_heads),  # the heads beside one another, as in a page
+        grid_names=("part", "batch", "head"),
         scratch_types=[
-            plgpu.SMEM(
-                (blocks.slots, chunks, 2, chunk // 2, 2 * words), jnp.uint16, transforms=swizzled
-            ),
-            plgpu.SMEM((blocks.slots, chunks, 2, chunk // 32, 32), jnp.uint32),
-            plgpu.Barrier(num_arrivals=2 * chunks, num_barriers=blocks.slots),
+            plgpu.SMEM((slots, chunks, 2, chunk // 2, 2 * words), jnp.uint16, transforms=swizzled),
+            plgpu.SMEM((slots, chunks, 2, chunk // 32, 32), jnp.uint32),
+            plgpu.Barrier(num_arrivals=2 * chunks, num_barriers=slots),
             plgpu.SMEM((2, rows, words), jnp.uint32),
             plgpu.SMEM((2, rows), jnp.float32),
             plgpu.SMEM((3, WARPS, rows), jnp.float32),
             plgpu.SMEM((WARPS, words, rows), jnp.float32),
         ],
-        **options(),
+        **options,
     )(*arrays.values())
-    if parts > batch:
+    if parts > 1:
+        pieces = 1 if parts <= 16 else 4  # of the channels, so that registers hold all parts
 
         def join_parts(*refs):
-            _join(*refs, at_once=at_once, gpu=not interpret)
+            _join(*refs, pieces=pieces, gpu=not interpret)
 
         out = plgpu.kernel(
             join_parts,
             out_type=out_type,
-            grid=(batch, kv_heads, rows),
-            grid_names=("batch", "head", "row"),
-            **options(WARPS * 4 * head_dim),
-        )(*out, starts)
+            grid=(batch, kv_heads, pieces),
+            grid_names=("batch", "head", "piece"),
+            **options,
+        )(*out)
     out = out[:, :, : queries * group]  # [B, K, T * G, D]
     out = out.reshape(batch, kv_heads, queries, group, head_dim).swapaxes(1, 2).reshape(q.shape)
     return out if value_order == 1 else page_format.rotate(out, value_order).astype(q.dtype)
-
-
-def schedule(
-    lengths: Int[Array, "B"],
-    query_lengths: Int[Array, "B"],
-    count: int,
-    *,
-    window: int | None,
-) -> tuple[Int[Array, "parts 5"], Int[Array, "B+1"]]:
-    """Cuts the sequences into `count` parts at most, none longer than it must be.
-
-    It depends on the lengths only, so that XLA computes it once for all layers of a step.
-
-    Args:
-      lengths: tokens of each sequence.
-      query_lengths: how many of them are queries.
-      count: parts, at least one for each sequence.
-      window: see `pallas_kernels.paged_attention`.
-
-    Returns:
-      for each part, the longest first: its sequence, its first block, how many, which part of the
-        sequence it is (0: the first), and its place among the parts in order of sequences; what is
-        left of `count` has -1 blocks;
-      for each sequence the place of its first part, and at last their number.
-    """
-    begin = jnp.zeros_like(lengths)
-    if window is not None:
-        begin = jnp.maximum(lengths - query_lengths - window + 1, 0)
-    low = begin // TOKENS
-    blocks = jnp.where(query_lengths > 0, -(-lengths // TOKENS) - low, 0)
-    # The longest sequence in 1, 2, … parts, the others in parts as long.
-    sizes = jnp.maximum(-(-jnp.max(blocks) // jnp.arange(1, count + 1)), 1)
-    parts = jnp.maximum(-(-blocks[:, None] // sizes), 1)
-    fitting = jnp.where(jnp.sum(parts, axis=0) <= count, jnp.arange(count), 0)
-    parts = parts[:, jnp.max(fitting)]
-    starts = jnp.concatenate([jnp.zeros(1, parts.dtype), jnp.cumsum(parts)])
-    place = jnp.arange(count)
-    sequence = jnp.sum(place[:, None] >= starts[None, 1:], axis=1)
-    idle = sequence == len(lengths)
-    sequence = jnp.minimum(sequence, len(lengths) - 1)
-    part = place - starts[sequence]
-    # Of equal length but for one block.
-    each, more = blocks // parts, blocks % parts
-    first = low[sequence] + part * each[sequence] + jnp.minimum(part, more[sequence])
-    turns = jnp.where(idle, -1, each[sequence] + (part < more[sequence]))
-    work = jnp.stack([sequence, first, turns, part, place], axis=1)[jnp.argsort(-turns)]
-    return work.astype(jnp.int32), starts.astype(jnp.int32)
 
 
 def _sink_rows(
@@ -330,7 +279,6 @@ def _attend(
     q,
     data,
     page_table,
-    work,
     lengths,
     query_lengths,
     layer,
@@ -345,6 +293,7 @@ def _attend(
     order: int,
     factor: float,
     chunk: int,
+    parts: int,
     slots: int,
     causal: bool,
     window: int | None,
@@ -356,11 +305,19 @@ def _attend(
     chunks = TOKENS // chunk
     words = data.shape[-1] // 2
     kv_head, layer = lax.axis_index("head"), layer[0]
-    batch, low, turns, part, place = (work[lax.axis_index("part"), i] for i in range(5))
+    batch, part = lax.axis_index("batch"), lax.axis_index("part")
     length, real_queries = lengths[batch], query_lengths[batch]
     *log_totals, means = outputs
-    if log_totals and gpu:
+    if parts > 1 and gpu:
         plgpu.griddepcontrol_launch_dependents()  # the joining kernel may take its places
+
+    # The blocks that some row sees, and of them this part's: low .. low + turns - 1.
+    begin = jnp.int32(0)
+    if window is not None:
+        begin = lax.div(jnp.maximum(length - real_queries - window + 1, 0), TOKENS)
+    count = jnp.where(real_queries > 0, _cdiv(length, TOKENS) - begin, 0)
+    low = begin + lax.div(count * part, parts)
+    turns = begin + lax.div(count * (part + 1), parts) - low
 
     # --- Copies: block number `turn` of the part into slot turn % slots -------------------------
 
@@ -478,23 +435,22 @@ def _attend(
         new_max = jnp.maximum(running_max, block_max)
         decay, grow = jnp.exp2(running_max - new_max), jnp.exp2(block_max - new_max)
 
-        block_total = block_shift = None
-        numbers = []
+        totals, shifts, numbers = [], [], []
         for half, x in enumerate(scores):
             value_scale, value_minimum = value_scales[half]
             weights = jnp.exp2(x - _of_warp_rows(block_max, x))
             if masked:
                 weights = jnp.where(visible[half], weights, 0)
-            shifts = weights * _of_items(value_minimum, x)
-            block_total = weights if half == 0 else block_total + weights
-            block_shift = shifts if half == 0 else block_shift + shifts
+            totals.append(weights)
+            shifts.append(weights * _of_items(value_minimum, x))
             # Rounded to an integer in the low bits of a float32.
             x = weights * _of_items(value_scale, x) * WEIGHT_UNITS + 2.0**23
             numbers.append(lax.bitcast_convert_type(x, jnp.uint32))
         old, new = _of_warp_rows(decay, total), _of_warp_rows(grow, total)
-        total = total * old + block_total * new
-        shift = shift * old + block_shift * new
-        sums = _values_dot_weights(value_words, *numbers, gpu)
+        total = total * old + jnp.add(*totals) * new
+        shift = shift * old + jnp.add(*shifts) * new
+        even, odd = numbers
+        sums = _values_dot_weights(value_words, even, odd, gpu)
         old, new = _of_warp_rows(decay, acc[0]), _of_warp_rows(grow, acc[0])
         acc = tuple(a * old + x.astype(jnp.float32) * new for a, x in zip(acc, sums, strict=True))
         return new_max, total, shift, acc, page_ids(turn + slots + 1)
@@ -545,6 +501,8 @@ def _attend(
     real = (query < real_queries) & (row < queries * group)
     some = real & ((total > 0) | (total != total))
     inverse = jnp.where(some, 1 / jnp.where(some, total, 1), 0)
+    place = (batch, kv_head, part) if log_totals else (batch, kv_head)
+    means = means.at[place]
     for nibble, x in enumerate(acc):
         sums_smem[...] = x
         _wait_for_all_warps(gpu)
@@ -556,11 +514,11 @@ def _attend(
             out = out + x * plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, (1,)), OUTPUT)
         _wait_for_all_warps(gpu)
 
-        channels = means.at[place, kv_head, :, pl.ds(nibble * words, words)]
+        channels = means.at[:, pl.ds(nibble * words, words)]
         channels.transpose((1, 0))[...] = out.astype(means.dtype)
     if log_totals:
         log_total = jnp.where(some, largest + jnp.log2(jnp.where(some, total, 1)), MASKED)
-        log_totals[0].at[place, kv_head][...] = log_total
+        log_totals[0].at[place][...] = log_total
 
 
 def _cdiv(a, b: int):
@@ -752,16 +710,13 @@ def _keys_dot_queries(low, high, q_low, q_high, gpu: bool):
     rows = q_low.shape[1] // 2
     shape = (WARPS, PAIRS, rows)
     if not gpu:
-        out = []
-        for half in range(2):
-            x = 0
-            for words, digits in ((low, q_low), (high, q_high)):
-                words = words.reshape(WARPS, PAIRS, 2, -1)[:, :, half]
-                codes = jnp.stack([words & 0xFF, words >> 8], -1).reshape(WARPS, PAIRS, -1)
-                x = x + jnp.einsum("wpk,kc->wpc", codes.astype(jnp.int32), digits.astype(jnp.int32))
-            x = x.reshape(WARPS, PAIRS, rows, 2)
-            out.append(x[..., 0] * 256 + x[..., 1])
-        return out
+
+        def product(words, digits):
+            codes = jnp.stack([words & 0xFF, words >> 8], -1).reshape(WARPS, PAIRS, 2, -1)
+            return jnp.einsum("wpek,kc->ewpc", codes.astype(jnp.int32), digits.astype(jnp.int32))
+
+        x = (product(low, q_low) + product(high, q_high)).reshape(2, *shape, 2)
+        return tuple(x[..., 0] * 256 + x[..., 1])
     layout = _keys_layout(low.shape[0])
     columns = plgpu.Layout.MMA_RHS(jnp.int8)
     result = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=BY_WARP)
@@ -842,11 +797,9 @@ def _values_dot_weights(words, even, odd, gpu: bool):
         found = words.registers.reshape(2, width // 16, 2, 2)  # [odd, tile, word + 8, pair + 8]
         sums = []
         for selector in (0x6240, 0x7351):  # the lower bytes, the upper ones
-            pairs = [
-                utils.prmt(as_i32(a), as_i32(b), constant(selector))
-                for a, b in zip(found[0].flat, found[1].flat, strict=True)
-            ]
-            pairs = np.array(pairs, object).reshape(found.shape[1:])
+            pairs = np.empty(found.shape[1:], object)
+            for index, a in np.ndenumerate(found[0]):
+                pairs[index] = utils.prmt(as_i32(a), as_i32(found[1][index]), constant(selector))
             pairs = pairs.swapaxes(1, 2)  # [tile, pair + 8, word + 8]
             for mask in (0x0F0F0F0F, 0xF0F0F0F0):
                 codes = [
@@ -885,39 +838,34 @@ def _join_digits(acc, shape):
 # --- Joining the parts ----------------------------------------------------------------------------
 
 
-def _join(log_totals, means, starts, out, *, at_once: int, gpu: bool):
-    """One row of a sequence: the mean of its parts' outputs, weighted by 2**log_totals."""
-    row, kv_head = lax.axis_index("row"), lax.axis_index("head")
-    batch = lax.axis_index("batch")
-    first, last = starts[batch], starts[batch + 1]
+def _join(log_totals, means, out, *, pieces: int, gpu: bool):
+    """A piece of a KV head's channels: the parts' outputs, weighted by 2**log_totals."""
+    place = lax.axis_index("batch"), lax.axis_index("head")
+    size = means.shape[-1] // pieces
+    channels = pl.ds(lax.axis_index("piece") * size, size)
     if gpu:
         plgpu.griddepcontrol_wait()  # for all that the decode kernel writes
-    turns = _cdiv(last - first, at_once)
-    shape = (at_once, means.shape[3])
-
-    def load(i):
-        parts = pl.ds(first + i * at_once, at_once)
-        x = plgpu.load(means.at[parts, kv_head, row], layout=PARTS, optimized=False)
-        log_total = log_totals.at[parts, kv_head, row]
-        log_total = plgpu.load(log_total, layout=PARTS.reduce(1), optimized=False)
-        log_total = plgpu.layout_cast(lax.broadcast_in_dim(log_total, shape, (0,)), PARTS)
-        part = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=PARTS)
-        mine = part < last - first - i * at_once
-        return jnp.where(mine, log_total, MASKED), jnp.where(mine, x, 0)
-
-    def filled(x):
-        return plgpu.layout_cast(jnp.full(shape[1:], x, jnp.float32), PARTS.reduce(0))
-
-    largest = lax.fori_loop(
-        0, turns, lambda i, x: jnp.maximum(x, jnp.max(load(i)[0], axis=0)), filled(MASKED)
+    layout = _parts_layout(size)
+    x = plgpu.load(
+        means.at[(*place, slice(None), slice(None), channels)], layout=layout, optimized=False
     )
+    log_total = plgpu.load(log_totals.at[place], layout=layout.reduce(2), optimized=False)
+    weight = jnp.exp2(
+        log_total - _of_parts(jnp.max(log_total, axis=0), log_total, layout.reduce(2))
+    )
+    total = jnp.sum(weight, axis=0)  # [row]
+    weight = plgpu.layout_cast(lax.broadcast_in_dim(weight, x.shape, (0, 1)), layout)
+    mean = jnp.sum(weight * x, axis=0)  # [row, channel]
+    total = plgpu.layout_cast(lax.broadcast_in_dim(total, mean.shape, (0,)), layout.reduce(0))
+    out.at[(*place, slice(None), channels)][...] = (mean / total).astype(out.dtype)
 
-    def add(i, carry):
-        total, mean = carry
-        log_total, x = load(i)
-        share = plgpu.layout_cast(lax.broadcast_in_dim(largest, shape, (1,)), PARTS)
-        weight = jnp.exp2(log_total - share)
-        return total + jnp.sum(weight, axis=0), mean + jnp.sum(weight * x, axis=0)
 
-    total, mean = lax.fori_loop(0, turns, add, (filled(0), filled(0)))
-    out.at[batch, kv_head, row][...] = (mean / total).astype(out.dtype)
+def _parts_layout(channels: int):
+    """[part, row, channel]: a row to a warp, its channels over the lanes, all parts to a lane."""
+    width = channels // 32
+    return _layout(((1, WARPS, channels), (1, 1, width)), (-5,), (-4,), -1)
+
+
+def _of_parts(x, like, layout):
+    """[row] as [part, row]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, like.shape, (1,)), layout)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ COMPILED = pytest.param("compiled", marks=pytest.mark.gpu)
 
 # Interpreted cases that show most for their few seconds each; the others are `slow`.
 QUICK = {"bf16", "everything", "head_dim_256", "chunk_everything"}
-QUICK_DECODE = {"ragged", "everything", "ragged_queries_split"}
+QUICK_DECODE = {"ragged", "everything", "verify_4_split"}
 
 # Small, so that an interpreter meets several programs, splits and turns of every ring.
 SMALL = {
-    decode: decode.Blocks(programs=8, slots=2),
+    decode: decode.Blocks(programs=12, least_turns=1),
     prefill: prefill.Blocks(64, 16, 8, 4, 2),
 }
 
@@ -115,7 +116,7 @@ def test_block_sizes_of_prefill_do_not_show(mode, head_dim, block_tokens, page_s
 
 @pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
 @pytest.mark.parametrize("page_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("blocks", [(1, 1, 2), (8, 2, 1), (64, 64, 3)])
+@pytest.mark.parametrize("blocks", [(1, 1, 3), (12, 1, 1), (528, 1, None)])
 def test_block_sizes_of_decode_do_not_show(mode, page_size, blocks):
     case = cases.AttentionCase(
         "blocks", "split", page_size=page_size, lengths=(0, 1350, 33), head_dim=128, order=128
@@ -124,34 +125,7 @@ def test_block_sizes_of_decode_do_not_show(mode, page_size, blocks):
     assert_close(attend(problem, mode, decode.Blocks(*blocks), decode), problem)
 
 
-@pytest.mark.parametrize("parts", [8, 13, 64])
-@pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("lengths", [(0, 0), (1, 8192, 5000, 128, 0, 129), (4096,) * 8])
-def test_schedule_covers_each_block_once(lengths, window, parts):
-    lengths = np.array(lengths, np.int32)
-    query_lengths = np.minimum(lengths, 2)
-    work, starts = decode.schedule(
-        jnp.asarray(lengths), jnp.asarray(query_lengths), parts, window=window
-    )
-    work, starts = np.asarray(work), np.asarray(starts)
-    assert len(work) == parts
-    assert (np.diff(work[:, 2]) <= 0).all()
-    work = work[np.argsort(work[:, 4])]
-    for sequence, length in enumerate(lengths):
-        mine = work[starts[sequence] : starts[sequence + 1]]
-        assert (mine[:, 0] == sequence).all()
-        np.testing.assert_array_equal(mine[:, 3], np.arange(len(mine)))
-        begin = 0 if window is None else max(length - query_lengths[sequence] - window + 1, 0)
-        expected = np.arange(begin // decode.TOKENS, -(-length // decode.TOKENS))
-        taken = np.concatenate([np.arange(first, first + n) for _, first, n, *_ in mine])
-        np.testing.assert_array_equal(taken, expected)
-    assert (work[starts[-1] :, 2] == -1).all()
-    # About as short as parts can be.
-    sizes = work[: starts[-1], 2]
-    assert max(sizes) <= max(1, 2 * sizes.sum() / max(1, parts - len(lengths)))
-
-
-ONE_SPLIT = {decode: decode.Blocks(1, 1, 2), prefill: prefill.Blocks(64, 16, 1, 1, 2)}
+ONE_SPLIT = {decode: decode.Blocks(1), prefill: prefill.Blocks(64, 16, 1, 1, 2)}
 
 
 @pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
@@ -279,15 +253,25 @@ def test_supported_says_why_not():
     assert "query heads" in reason(heads=65)
 
 
-def choose_on_a_gpu(monkeypatch):
-    problem = Problem(cases.AttentionCase("choice", "split", page_size=64))
+def choose_on_a_gpu(monkeypatch, **case):
+    problem = Problem(cases.AttentionCase("choice", "split", page_size=64, **case))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     operands = problem.q, problem.pages, problem.page_table
     return implementation.choose("paged_attention", None, *operands).__module__
 
 
-def test_triton_is_the_default(monkeypatch):
+def test_the_faster_one_is_the_default(monkeypatch):
+    decode_128 = dict(head_dim=128)
+    assert choose_on_a_gpu(monkeypatch, **decode_128) == "pallas_kernels.mosaic_gpu.attention"
     assert choose_on_a_gpu(monkeypatch) == "pallas_kernels.triton.attention"
+    chunk = dict(head_dim=128, queries=16, lengths=(16, 40))
+    assert choose_on_a_gpu(monkeypatch, **chunk) == "pallas_kernels.triton.attention"
+
+
+def test_triton_is_the_default_before_hopper(monkeypatch):
+    ampere = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
+    monkeypatch.setattr(jax, "devices", lambda: [ampere])
+    assert choose_on_a_gpu(monkeypatch, head_dim=128) == "pallas_kernels.triton.attention"
 
 
 def test_without_triton_this_one_runs(monkeypatch):
