@@ -41,6 +41,7 @@ WARPS = 4
 TOKENS = 128  # in a turn of the loop
 PAIRS = 16  # pairs of neighbouring tokens that a warp has of them
 MAX_ROWS = 12  # of queries; more would take more registers than there are
+MAX_PARTS = 64  # of a context, for the same reason: they are joined in registers
 
 # Finite, so that a row with nothing visible yet has exp2(0) to multiply, not exp2(nan).
 MASKED = -1e30
@@ -170,7 +171,7 @@ def paged_attention(
     words = head_dim // 4
     turns = pl.cdiv(page_table.shape[1] * page_size, TOKENS)
     parts = min(blocks.programs // (batch * kv_heads), pl.cdiv(turns, blocks.least_turns))
-    parts = max(parts, 1)
+    parts = max(1, min(parts, MAX_PARTS))
     slots = blocks.slots or (1 if parts > 1 else 2)
     q_rows = q.reshape(batch, queries, kv_heads, group, head_dim).swapaxes(1, 2)
     q_rows = q_rows.reshape(batch, kv_heads, queries * group, head_dim)
@@ -246,7 +247,7 @@ def paged_attention(
         **options,
     )(*arrays.values())
     if parts > 1:
-        pieces = 1 if parts <= 16 else 4  # of the channels, so that registers hold all parts
+        pieces = 1 if parts * rows <= 64 else 4  # of the channels: registers hold all parts
 
         def join_parts(*refs):
             _join(*refs, pieces=pieces, gpu=not interpret)
