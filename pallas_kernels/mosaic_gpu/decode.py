@@ -176,7 +176,7 @@ def paged_attention(
     q_rows = q.reshape(batch, queries, kv_heads, group, head_dim).swapaxes(1, 2)
     q_rows = q_rows.reshape(batch, kv_heads, queries * group, head_dim)
     q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, rows - queries * group), (0, 0)))
-    # Two tokens to a row of 128 bytes: copies of narrower rows are slower.
+    # Two tokens to a row of 128 bytes, which is what a copy can swizzle.
     data = pages.data.reshape(*pages.data.shape[:4], page_size // 2, 2 * words)
     assert pages.scales is not None  # `supported` says so
     scales = pages.scales.reshape(*pages.scales.shape[:4], page_size // 32, 32)
