@@ -56,7 +56,7 @@ device_description_str: "NVIDIA H200"
 
 
 # Bytes that may be spilled: prefill fills the registers, and what it spills is used once.
-SPILLS = {"prefill": 600, "prefill bf16": 600}
+SPILLS = {"triton prefill": 600, "triton prefill bf16": 600}
 
 
 def compile_for(topology, f, *args):
