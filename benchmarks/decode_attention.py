@@ -77,19 +77,23 @@ def paged_chain(
     if blocks is not None:
         options["blocks"] = blocks
 
-    def step(i, q, data):
+    @jax.jit  # traced and lowered once for all layers
+    def attend(q, data, layer):
         pages, table, lengths, query_lengths = data
-        # A decode step's queries are the last layer's attention, more or less.
         return kernels.paged_attention(
             q,
             pages,
             table,
             lengths,
-            layer=i % pages.layers,
+            layer=layer,
             query_lengths=query_lengths,
             scale=pages.head_dim**-0.5,
             **options,
         )
+
+    def step(i, q, data):
+        # A decode step's queries are the last layer's attention, more or less.
+        return attend(q, data, jnp.int32(i % pages.layers))
 
     return step, q, (pages, table, lengths, jnp.full_like(lengths, queries))
 

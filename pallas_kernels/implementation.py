@@ -14,7 +14,7 @@ import jax
 
 Implementation = Literal["xla", "triton", "mosaic_gpu", "mosaic_tpu"]
 
-# Kernels by the platform they run on, best first.
+# Kernels by the platform they run on, best first: unless one says that it `beats_others`.
 KERNELS: dict[str, tuple[Implementation, ...]] = {
     "gpu": ("triton", "mosaic_gpu"),
     "tpu": ("mosaic_tpu",),
@@ -35,7 +35,7 @@ def choose(
       operation: its name.
       implementation: `None` picks the best of the default device that takes the operands. A named
         one may be traced anywhere: the program may be compiled for another device than this one's.
-      *operands: what a kernel's own `supported` looks at.
+      *operands: what a kernel's own `supported` and `beats_others` look at.
 
     Raises:
       NotImplementedError: the named implementation cannot run here; the message says why.
@@ -43,7 +43,7 @@ def choose(
     kernels = KERNELS.get(jax.default_backend(), ())
     if implementation is None:
         reasons = []
-        for kernel in kernels:
+        for kernel in sorted(kernels, key=lambda kernel: not _beats(kernel, operation, *operands)):
             off = kernel in os.environ.get(SWITCHED_OFF, "").split(",")
             reason = f"{SWITCHED_OFF} names it" if off else _reason(kernel, operation, *operands)
             if reason is None:
@@ -74,6 +74,15 @@ def _reason(kernel: Implementation, operation: str, *operands: Any) -> str | Non
         return _module(kernel, operation).supported(*operands)
     except ImportError as error:
         return str(error)
+
+
+def _beats(kernel: Implementation, operation: str, *operands: Any) -> bool:
+    """Whether a kernel says that it is the fastest for these operands."""
+    try:
+        beats_others = getattr(_module(kernel, operation), "beats_others", None)
+    except ImportError:
+        return False
+    return beats_others is not None and beats_others(*operands)
 
 
 @functools.cache

@@ -1,10 +1,9 @@
 """Compiles the GPU kernels for an H200 on a machine without a GPU, and bounds their spills.
 
-    JAX_PLATFORMS=cpu python tests/pallas_kernels/compile_for_h200.py
+    JAX_PLATFORMS=cpu python tests/pallas_kernels/compile_for_h200.py [words of the names …]
 
-Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version; the spills are read
-with the ptxas of nvidia-cuda-nvcc, if that is installed. Its own process, because XLA reads its
-flags once.
+Needs the extra `gpu-aot`: the plugin of jax's own version, and the ptxas of nvidia-cuda-nvcc, which
+tells the spills. Its own process, because XLA reads its flags once.
 """
 
 import functools
@@ -57,7 +56,7 @@ device_description_str: "NVIDIA H200"
 
 
 # Bytes that may be spilled: prefill fills the registers, and what it spills is used once.
-SPILLS = {"prefill": 600, "prefill bf16": 600}
+SPILLS = {"triton prefill": 600, "triton prefill bf16": 600}
 
 
 def compile_for(topology, f, *args):
@@ -66,8 +65,8 @@ def compile_for(topology, f, *args):
     return jax.jit(f).lower(*args).compile()
 
 
-def compile_attention(topology, format, *, queries, head_dim, attention=attention):
-    batch, q_heads, kv_heads, max_pages = 32, 32, 8, 16
+def compile_attention(topology, format, *, queries, head_dim, attention=attention, q_heads=32):
+    batch, kv_heads, max_pages = 32, 8, 16
     sizes = dict(layers=2, num_pages=512, kv_heads=kv_heads, page_size=64, head_dim=head_dim)
     pages = jax.eval_shape(lambda: init_pages(format, **sizes))
 
@@ -134,38 +133,46 @@ def main() -> None:
 
     bdr = PageFormat("split", 128)
     programs = {
-        "decode": lambda: compile_attention(topology, bdr, queries=1, head_dim=128),
-        "decode bf16": lambda: compile_attention(
+        "triton decode": lambda: compile_attention(topology, bdr, queries=1, head_dim=128),
+        "triton decode bf16": lambda: compile_attention(
             topology, PageFormat("bf16"), queries=1, head_dim=128
         ),
-        "decode head_dim 96": lambda: compile_attention(
+        "triton decode head_dim 96": lambda: compile_attention(
             topology, PageFormat("split", 32), queries=1, head_dim=96
         ),
-        "prefill": lambda: compile_attention(topology, bdr, queries=300, head_dim=128),
-        "prefill bf16": lambda: compile_attention(
+        "triton prefill": lambda: compile_attention(topology, bdr, queries=300, head_dim=128),
+        "triton prefill bf16": lambda: compile_attention(
             topology, PageFormat("bf16"), queries=300, head_dim=128
         ),
-        "write": lambda: compile_write(topology, bdr),
-        "write values rotated": lambda: compile_write(topology, PageFormat("split", 128, True)),
+        "triton write": lambda: compile_write(topology, bdr),
+        "triton write values rotated": lambda: compile_write(
+            topology, PageFormat("split", 128, True)
+        ),
     }
     if jax.__version_info__ >= (0, 11):
         from pallas_kernels.mosaic_gpu import attention as mosaic
 
-        for layout, head_dim, queries in (
-            ("split", 64, 1),
-            ("split", 128, 1),
-            ("split", 256, 1),
-            ("split", 128, 300),
-            ("bf16", 128, 1),
+        for layout, head_dim, queries, q_heads in (
+            ("split", 64, 1, 32),
+            ("split", 128, 1, 32),
+            ("split", 128, 1, 64),
+            ("split", 128, 3, 32),
+            ("split", 256, 1, 32),
+            ("split", 128, 300, 32),
+            ("bf16", 128, 1, 32),
         ):
-            programs[f"mosaic {layout} {head_dim} {queries}"] = functools.partial(
+            name = f"mosaic {layout} head_dim {head_dim}, {queries} queries, {q_heads} heads"
+            programs[name] = functools.partial(
                 compile_attention,
                 topology,
                 PageFormat(layout, head_dim if layout == "split" else 1),
                 queries=queries,
+                q_heads=q_heads,
                 head_dim=head_dim,
                 attention=mosaic,
             )
+    wanted = set(sys.argv[1:])
+    programs = {k: v for k, v in programs.items() if wanted <= set(k.split())}
     failures = []
     for name, compile_it in programs.items():
         compile_it()

@@ -1,8 +1,9 @@
-"""The Mosaic GPU kernel against the oracle: interpreted anywhere, compiled on a GPU (`-m gpu`)."""
+"""The Mosaic GPU kernels against the oracle: interpreted anywhere, compiled on a GPU (`-m gpu`)."""
 
 import dataclasses
 import functools
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,35 +16,51 @@ from tests.pallas_kernels.test_attention import LAYER, Problem
 from tests.pallas_kernels.test_triton import BF16_TOLERANCE, TOLERANCE, relative_error
 
 pytest.importorskip("pallas_kernels.mosaic_gpu", reason="jax is too old", exc_type=ImportError)
-from pallas_kernels.mosaic_gpu import attention
+from pallas_kernels.mosaic_gpu import attention, decode, prefill
 
 INTERPRETED = "interpreted"
 COMPILED = pytest.param("compiled", marks=pytest.mark.gpu)
 
-# Interpreted cases that show most for their two seconds each; the others are `slow`.
-QUICK = {"split", "bf16", "ragged", "everything", "head_dim_256", "chunk_everything"}
+# Interpreted cases that show most for their few seconds each; the others are `slow`.
+QUICK = {"bf16", "everything", "head_dim_256", "chunk_everything"}
+QUICK_DECODE = {"ragged", "everything", "verify_4_split"}
+
+# Small, so that an interpreter meets several programs, splits and turns of every ring.
+SMALL = {
+    decode: decode.Blocks(programs=12, least_turns=1),
+    prefill: prefill.Blocks(64, 16, 8, 4, 2),
+}
 
 
 def kernel_cases(all_cases):
-    """Each case that it supports interpreted and compiled: `split` for `paired`, larger pages."""
+    """Each case as the kernels take it: `split` for `paired`, larger pages, and for the decode
+    kernel a head dim of 128."""
     out = []
     for case in all_cases:
-        if case.head_dim % 64:
-            continue
         layout = "split" if case.layout == "paired" else case.layout
         case = dataclasses.replace(case, layout=layout, page_size=max(64, case.page_size))
-        marks = () if case.name in QUICK else pytest.mark.slow
-        out += [
-            pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks),
-            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu),
-        ]
+        if case.head_dim % 64 == 0:
+            out += marked(case, case.name, QUICK)
+        rows = case.queries * case.q_heads // case.kv_heads
+        if layout == "split" and rows <= decode.MAX_ROWS and case.head_dim != 128:
+            case = dataclasses.replace(case, head_dim=128, order=min(case.order, 128))
+            out += marked(case, f"{case.name}_128", {f"{name}_128" for name in QUICK_DECODE})
     return out
 
 
-def attend(problem, mode, blocks=None):
+def marked(case, name, quick):
+    marks = () if name in quick else pytest.mark.slow
+    return [
+        pytest.param(INTERPRETED, case, id=f"interpreted-{name}", marks=marks),
+        pytest.param("compiled", case, id=f"compiled-{name}", marks=pytest.mark.gpu),
+    ]
+
+
+def attend(problem, mode, blocks=None, kernel=None):
     case = problem.case
+    kernel = kernel or attention.kernel(problem.q, problem.pages)
     if blocks is None and mode == INTERPRETED:
-        blocks = attention.Blocks(64, 16, 8, 4, 2)
+        blocks = SMALL[kernel]
     static = dict(
         causal=case.causal,
         scale=case.head_dim**-0.5 if case.scale is None else case.scale,
@@ -52,7 +69,7 @@ def attend(problem, mode, blocks=None):
         blocks=blocks,
         interpret=mode == INTERPRETED,
     )
-    out = jax.jit(functools.partial(attention.paged_attention, **static))(
+    out = jax.jit(functools.partial(kernel.paged_attention, **static))(
         problem.q,
         problem.pages,
         jnp.asarray(problem.page_table),
@@ -88,35 +105,32 @@ def test_attention_equals_the_oracle(mode, case):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("block_tokens", "page_size"), [(64, 128), (128, 64), (192, 64)])
 @pytest.mark.parametrize("programs", [1, 64])
-def test_block_sizes_do_not_show(mode, head_dim, block_tokens, page_size, programs):
+def test_block_sizes_of_prefill_do_not_show(mode, head_dim, block_tokens, page_size, programs):
     case = cases.AttentionCase(
         "blocks", "split", page_size=page_size, lengths=(0, 650, 33), head_dim=head_dim
     )
     problem = Problem(case)
-    blocks = attention.Blocks(block_tokens, 16, programs, 64, 2)
-    assert_close(attend(problem, mode, blocks), problem)
+    blocks = prefill.Blocks(block_tokens, 16, programs, 64, 2)
+    assert_close(attend(problem, mode, blocks, prefill), problem)
 
 
 @pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
-@pytest.mark.parametrize("layout", ["split", "bf16"])
-@pytest.mark.parametrize("q_heads", [2, 5, 8, 40])
-def test_groups(mode, layout, q_heads):
+@pytest.mark.parametrize("page_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("blocks", [(1, 1, 3), (12, 1, 1), (528, 1, None)])
+def test_block_sizes_of_decode_do_not_show(mode, page_size, blocks):
     case = cases.AttentionCase(
-        "group",
-        layout,
-        order=1,
-        kv_heads=1,
-        q_heads=q_heads,
-        queries=3,
-        lengths=(40, 7),
-        page_size=64,
+        "blocks", "split", page_size=page_size, lengths=(0, 1350, 33), head_dim=128, order=128
     )
     problem = Problem(case)
-    assert_close(attend(problem, mode), problem)
+    assert_close(attend(problem, mode, decode.Blocks(*blocks), decode), problem)
+
+
+ONE_SPLIT = {decode: decode.Blocks(1), prefill: prefill.Blocks(64, 16, 1, 1, 2)}
 
 
 @pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
-def test_long_context_in_one_split_keeps_its_digits(mode):
+@pytest.mark.parametrize("kernel", [decode, prefill], ids=["decode", "prefill"])
+def test_long_context_in_one_split_keeps_its_digits(mode, kernel):
     """Zero-mean values: an offset carried through the sum would show here first."""
     case = cases.AttentionCase(
         "long", "split", lengths=(32_768,), kv_heads=1, head_dim=128, order=128, page_size=64
@@ -125,14 +139,31 @@ def test_long_context_in_one_split_keeps_its_digits(mode):
     scale, _ = oracle.split(problem.words)
     minimum = (-7.5 * scale).astype(jnp.bfloat16).view(np.uint16)
     problem.words = (problem.words & 0xFFFF) | minimum.astype(np.uint32) << 16
-    assert_close(attend(problem, mode, attention.Blocks(64, 16, 1, 1, 2)), problem, 1e-3)
+    assert_close(attend(problem, mode, ONE_SPLIT[kernel], kernel), problem, 1e-3)
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+# Head dim 64 is the prefill kernel's, whatever the queries.
+EITHER_KERNEL = pytest.mark.parametrize(
+    ("mode", "head_dim"),
+    [
+        pytest.param(INTERPRETED, 64, marks=pytest.mark.slow),
+        (INTERPRETED, 128),
+        pytest.param("compiled", 64, marks=pytest.mark.gpu),
+        pytest.param("compiled", 128, marks=pytest.mark.gpu),
+    ],
+)
+
+
+@EITHER_KERNEL
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
-def test_values_and_queries_of_any_magnitude(mode, factor):
+def test_values_and_queries_of_any_magnitude(mode, head_dim, factor):
     case = cases.AttentionCase(
-        "magnitude", "split", lengths=(40, 3), scale=float(0.125 / factor), page_size=64
+        "magnitude",
+        "split",
+        lengths=(40, 3),
+        scale=float(0.125 / factor),
+        page_size=64,
+        head_dim=head_dim,
     )
     problem = Problem(case)
     problem.q = problem.q * factor
@@ -142,17 +173,21 @@ def test_values_and_queries_of_any_magnitude(mode, factor):
     assert_close(attend(problem, mode), problem)
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
-def test_constant_values_are_kept(mode):
+@EITHER_KERNEL
+def test_constant_values_are_kept(mode, head_dim):
     """A constant vector has scale zero: the logarithm of that must do no harm."""
-    problem = Problem(cases.AttentionCase("constant", "split", lengths=(40, 3), page_size=64))
+    case = cases.AttentionCase(
+        "constant", "split", lengths=(40, 3), page_size=64, head_dim=head_dim
+    )
+    problem = Problem(case)
     problem.words[..., 1] &= np.uint32(0xFFFF0000)
     assert_close(attend(problem, mode), problem)
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
-def test_nan_token_spoils_its_own_sequence_only(mode):
-    problem = Problem(cases.AttentionCase("nan", "split", lengths=(20, 20), page_size=64))
+@EITHER_KERNEL
+def test_nan_token_spoils_its_own_sequence_only(mode, head_dim):
+    case = cases.AttentionCase("nan", "split", lengths=(20, 20), page_size=64, head_dim=head_dim)
+    problem = Problem(case)
     problem.words[LAYER, problem.page_table[0, 0], 3, 0, 0] = oracle.NAN_WORD
     out = attend(problem, mode)
     assert np.isnan(out[0, :, :2]).all()  # the two query heads of KV head 0
@@ -160,11 +195,13 @@ def test_nan_token_spoils_its_own_sequence_only(mode):
     assert np.isfinite(out[1]).all()
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@EITHER_KERNEL
 @pytest.mark.parametrize("sink", [-np.inf, -1e4, 1e4])
-def test_extreme_sinks(mode, sink):
+def test_extreme_sinks(mode, head_dim, sink):
     problem = Problem(
-        cases.AttentionCase("sinks", "split", lengths=(20, 0), sinks=True, page_size=64)
+        cases.AttentionCase(
+            "sinks", "split", lengths=(20, 0), sinks=True, page_size=64, head_dim=head_dim
+        )
     )
     problem.sinks[:] = sink
     actual = attend(problem, mode)
@@ -173,7 +210,7 @@ def test_extreme_sinks(mode, sink):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["bf16", "split"])
-@pytest.mark.parametrize("queries", [1, 300])
+@pytest.mark.parametrize("queries", [1, 3, 300])
 def test_large_problem_equals_xla(method, queries):
     """The shapes of a real model, with the default block sizes."""
     problem = Problem(
@@ -210,19 +247,31 @@ def test_supported_says_why_not():
     assert reason() is None
     assert "layout" in reason("paired")
     assert "head_dim" in reason(head_dim=96)
-    assert "page_size" in reason(page_size=32)
+    assert reason(page_size=32) is None  # the decode kernel's
+    assert "page_size" in reason(page_size=32, head_dim=64)
+    assert "page_size" in reason(page_size=16)
     assert "query heads" in reason(heads=65)
 
 
-def choose_on_a_gpu(monkeypatch):
-    problem = Problem(cases.AttentionCase("choice", "split", page_size=64))
+def choose_on_a_gpu(monkeypatch, **case):
+    problem = Problem(cases.AttentionCase("choice", "split", page_size=64, **case))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     operands = problem.q, problem.pages, problem.page_table
     return implementation.choose("paged_attention", None, *operands).__module__
 
 
-def test_triton_is_the_default(monkeypatch):
+def test_the_faster_one_is_the_default(monkeypatch):
+    decode_128 = dict(head_dim=128)
+    assert choose_on_a_gpu(monkeypatch, **decode_128) == "pallas_kernels.mosaic_gpu.attention"
     assert choose_on_a_gpu(monkeypatch) == "pallas_kernels.triton.attention"
+    chunk = dict(head_dim=128, queries=16, lengths=(16, 40))
+    assert choose_on_a_gpu(monkeypatch, **chunk) == "pallas_kernels.triton.attention"
+
+
+def test_triton_is_the_default_before_hopper(monkeypatch):
+    ampere = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
+    monkeypatch.setattr(jax, "devices", lambda: [ampere])
+    assert choose_on_a_gpu(monkeypatch, head_dim=128) == "pallas_kernels.triton.attention"
 
 
 def test_without_triton_this_one_runs(monkeypatch):
