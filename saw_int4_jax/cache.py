@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import PageFormat, Pages, init_pages, paged_attention, write_kv
+from pallas_kernels import PageFormat, Pages, init_pages, paged_attention, write_qkv
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.page_format import Layout, head_specs, largest_order, preferred_layout
 from pallas_kernels.write import check_layer
@@ -424,6 +424,11 @@ def attend(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     *,
+    cos: Float[Array, "B T D/2"] | None = None,
+    sin: Float[Array, "B T D/2"] | None = None,
+    q_norm: Float[Array, "D"] | None = None,
+    k_norm: Float[Array, "D"] | None = None,
+    eps: float = 1e-6,
     sinks: Float[Array, "H"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B T H D"], Cache]:
@@ -435,9 +440,14 @@ def attend(
     Args:
       cache: donate it to the jitted step.
       layer: this attention layer's index.
-      q: queries after RoPE.
-      k: keys after RoPE; they are rotated and quantized here.
+      q: queries after RoPE, or before it with `cos` and `sin`.
+      k: keys likewise; they are rotated and quantized here.
       v: values.
+      cos: with `sin`, RoPE for q and k, as in `pallas_kernels.write_qkv`.
+      sin: see `cos`.
+      q_norm: weight of the queries' RMS norm, applied before RoPE; `None`: no such norm.
+      k_norm: that of the keys'.
+      eps: of these norms.
       sinks: as in `pallas_kernels.paged_attention`.
       **options: `causal`, `scale`, `window`, `soft_cap`, as there.
 
@@ -452,12 +462,25 @@ def attend(
         )
     check_layer(layer, cache.pages)
 
-    def run(pages, q, k, v, sinks, layer, slots, page_table, lengths, new_tokens):
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    def run(pages, q, k, v, sinks, preparation, layer, slots, page_table, lengths, new_tokens):
+        def tokens(x):
+            return None if x is None else x.reshape(batch * num_tokens, *x.shape[2:])
+
         chosen = cache.implementation
-        pages = write_kv(pages, k, v, slots.reshape(-1), layer=layer, implementation=chosen)
+        cos, sin, q_norm, k_norm = preparation
+        new_q, pages = write_qkv(
+            pages,
+            *(tokens(x) for x in (q, k, v, slots)),
+            cos=tokens(cos),
+            sin=tokens(sin),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            layer=layer,
+            implementation=chosen,
+        )
         out = paged_attention(
-            q,
+            new_q.reshape(q.shape),
             pages,
             page_table,
             lengths,
@@ -475,12 +498,13 @@ def attend(
         run = jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(pages, heads, heads, heads, PartitionSpec(axis), *[PartitionSpec()] * 5),
+            in_specs=(pages, heads, heads, heads, PartitionSpec(axis), *[PartitionSpec()] * 6),
             out_specs=(heads, pages),
             check_vma=False,
         )
     out, pages = run(
-        *(cache.pages, q, k, v, sinks, layer, slots(cache, num_tokens)),
+        *(cache.pages, q, k, v, sinks, (cos, sin, q_norm, k_norm), layer),
+        slots(cache, num_tokens),
         *(cache.page_table, cache.lengths, cache.new_tokens),
     )
     return out, dataclasses.replace(cache, pages=pages)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saw_int4_jax.cache import Cache, CacheSpec, attend, last_token
+from saw_int4_jax.cache import Cache, CacheSpec, last_token
 from saw_int4_jax.nn.attention import Attend
 from saw_int4_jax.nn.linen import PagedAttention
 from saw_int4_jax.rope import Rope
@@ -97,7 +97,7 @@ class DecoderLayer(nn.Module):
     config: LlamaConfig
     layer: int
     dtype: jnp.dtype | None = None
-    attend: Attend = attend
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -137,14 +137,14 @@ class Llama(nn.Module):
       dtype: of the computation; `None`: the parameters'.
       last_only: return the logits of each sequence's newest token alone, which is all that
         generation needs of a prompt.
-      attend: what writes to the cache and attends; another takes another kind of cache, as those
-        of `saw_int4_jax.methods`.
+      attend: what writes to another kind of cache and attends, as those of `saw_int4_jax.methods`;
+        `None`: this library's.
     """
 
     config: LlamaConfig
     dtype: jnp.dtype | None = None
     last_only: bool = False
-    attend: Attend = attend
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
