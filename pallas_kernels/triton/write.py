@@ -28,6 +28,10 @@ from pallas_kernels.triton.arithmetic import multiply_add, padded, reciprocal
 _TINY = float(np.finfo(np.float32).tiny)
 _UPPER_HALF = np.uint32(0xFFFF0000)
 
+# Up to so many tokens `write_qkv` takes q, k and v as one array: what a projection left in parts
+# XLA then sums in one launch, not in three. More tokens cost more to put together than launches.
+SIDE_BY_SIDE = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -69,7 +73,7 @@ def write_kv(
     `interpret` runs it as plain `jnp` on any device.
     """
     operands = dict(k=k, v=v, slots=slots)
-    return _launch(pages, operands, layer=layer, eps=0, blocks=blocks, interpret=interpret)[0]
+    return _launch(pages, operands, layer, blocks=blocks, interpret=interpret)[0]
 
 
 def write_qkv(
@@ -90,25 +94,45 @@ def write_qkv(
 ) -> tuple[Float[Array, "n H D"], Pages]:
     """See `pallas_kernels.write_qkv`; `blocks` and `interpret` as above."""
     operands = dict(q=q, k=k, v=v, slots=slots, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
-    pages, [q] = _launch(pages, operands, layer=layer, eps=eps, blocks=blocks, interpret=interpret)
+    side_by_side = len(slots) <= SIDE_BY_SIDE and q.dtype == k.dtype == v.dtype
+    if side_by_side:
+        operands |= dict.fromkeys("qkv", jnp.concatenate([q, k, v], axis=1))
+    pages, [q] = _launch(
+        pages,
+        operands,
+        layer,
+        q_heads=q.shape[1],
+        side_by_side=side_by_side,
+        eps=eps,
+        blocks=blocks,
+        interpret=interpret,
+    )
     return q, pages
 
 
+# The layer is an operand: a model's layers are one function, traced and lowered once.
+@functools.partial(
+    jax.jit, static_argnames=("q_heads", "side_by_side", "eps", "blocks", "interpret")
+)
 def _launch(
     pages: Pages,
     operands: Mapping[str, Array | None],
+    layer: Int[Array, ""],
     *,
-    layer: int | Int[Array, ""],
-    eps: float,
+    q_heads: int = 0,
+    side_by_side: bool = False,
+    eps: float = 0,
     blocks: Blocks | None,
     interpret: bool,
 ) -> tuple[Pages, list[Array]]:
     """The pages, and the prepared queries if there are any."""
     given: dict[str, Any] = {name: x for name, x in operands.items() if x is not None}
-    queries = [given["q"]] if "q" in given else []
-    tokens, kv_heads, head_dim = given["k"].shape
+    tokens, _, head_dim = given["k"].shape
+    queries = []
+    if q_heads:
+        queries = [jax.ShapeDtypeStruct((tokens, q_heads, head_dim), given["q"].dtype)]
     if tokens == 0:
-        return pages, queries
+        return pages, [jnp.zeros(q.shape, q.dtype) for q in queries]
     if blocks is None:
         blocks = Blocks(**tuning.blocks("write_kv"))
     given["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -124,6 +148,7 @@ def _launch(
         width=head_dim // pieces,
         orders=(pages.format.order, pages.format.value_order),
         eps=eps,
+        first_head=(0, q_heads, q_heads + pages.kv_heads) if side_by_side else (0, 0, 0),
         blocks=blocks,
         gpu=not interpret,
     )
@@ -135,10 +160,7 @@ def _launch(
 
     outputs = pl.pallas_call(
         with_names,
-        grid=(
-            pl.cdiv(tokens, blocks.block_tokens),
-            2 * kv_heads + sum(q.shape[1] for q in queries),
-        ),
+        grid=(pl.cdiv(tokens, blocks.block_tokens), 2 * pages.kv_heads + q_heads),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results.values()],
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(given) + len(stored)),
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(results),
@@ -170,11 +192,17 @@ def _program(
     width: int,
     orders: tuple[int, int],
     eps: float,
+    first_head: tuple[int, int, int],
     blocks: Blocks,
     gpu: bool,
 ):
-    """One program: keys of a head, values of a head, or queries of a head. Arrays are whole."""
-    tokens, kv_heads, head_dim = k.shape
+    """One program: keys of a head, values of a head, or queries of a head. Arrays are whole.
+
+    `first_head` says where those of q, k and v begin in their arrays.
+    """
+    tokens, _, head_dim = k.shape
+    kv_heads = data.shape[2]
+    first_q, first_k, first_v = first_head
     token = pl.program_id(0) * blocks.block_tokens + jnp.arange(blocks.block_tokens)
     head = pl.program_id(1)
     column = jnp.arange(padded(width))
@@ -250,11 +278,11 @@ def _program(
 
     @pl.when(head < kv_heads)
     def keys():
-        write(prepared(load(k, pieces, head), k_norm), 0, head)
+        write(prepared(load(k, pieces, first_k + head), k_norm), 0, head)
 
     @pl.when((head >= kv_heads) & (head < 2 * kv_heads))
     def values():
-        write(load(v, pieces, head - kv_heads), 1, head - kv_heads)
+        write(load(v, pieces, first_v + head - kv_heads), 1, head - kv_heads)
 
     if q is None:
         return
@@ -262,7 +290,7 @@ def _program(
     @pl.when(head >= 2 * kv_heads)
     def queries():
         q_head = head - 2 * kv_heads
-        for i, x in enumerate(prepared(load(q, pieces, q_head), q_norm)):
+        for i, x in enumerate(prepared(load(q, pieces, first_q + q_head), q_norm)):
             channel = i * width + column
             plt.store(q_out.at[token[:, None], q_head, channel[None, :]], x, mask=given)
 

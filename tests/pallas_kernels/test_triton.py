@@ -243,7 +243,10 @@ def test_hard_rows_have_the_same_bytes(mode):
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", [1, 16, 128])
 def test_many_tokens_have_the_same_bytes(order):
-    """But for ties that the last bit of a rotation decides, which are few."""
+    """But for ties that the last bit of a rotation decides, which are few.
+
+    Sums of a few bfloat16 numbers have few digits: that many of them are ties.
+    """
     case = cases.WriteCase(
         "many",
         "split",
@@ -265,7 +268,7 @@ def test_many_tokens_have_the_same_bytes(order):
     print(f"order {order}: {(~same).sum()} of {same.size} words, {flips.sum()} of {flips.size}")
     assert (~same).mean() <= (0 if order == 1 else 1e-3)
     assert flips.max() <= 1
-    assert flips.mean() <= (0 if order == 1 else 1e-5)
+    assert flips.mean() <= (0 if order == 1 else 1e-4)
 
 
 @pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
