@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -57,25 +58,28 @@ def random_state(spec: CacheSpec, pages: Pages, batch: int, context: int) -> Dec
     """`batch` sequences that each hold `context` tokens of `pages`, permuted."""
     held = -(-context // spec.page_size)
     used = batch * held
-    order = jax.random.permutation(jax.random.key(1), spec.num_pages).astype(jnp.int32)
     longest = spec.num_pages * spec.page_size // batch
     cache = jax.eval_shape(lambda: init_cache(spec, batch, longest))
-    table = jnp.full(cache.page_table.shape, -1, jnp.int32)
+    order = np.random.default_rng(0).permutation(spec.num_pages).astype(np.int32)
+    table = np.full(cache.page_table.shape, -1, np.int32)
+    table[:, :held] = order[:used].reshape(batch, held)
+    references = np.zeros(spec.num_pages, np.int32)
+    references[order[:used]] = 1
     cache = dataclasses.replace(
         cache,
         pages=pages,
-        page_table=table.at[:, :held].set(order[:used].reshape(batch, held)),
-        lengths=jnp.full(batch, context, jnp.int32),
-        new_tokens=jnp.zeros(batch, jnp.int32),
-        references=jnp.zeros(spec.num_pages, jnp.int32).at[order[:used]].set(1),
-        free_pages=jnp.roll(order, -used),
+        page_table=jnp.asarray(table),
+        lengths=jnp.asarray(np.full(batch, context, np.int32)),
+        new_tokens=jnp.asarray(np.zeros(batch, np.int32)),
+        references=jnp.asarray(references),
+        free_pages=jnp.asarray(np.roll(order, -used)),
         num_free=jnp.asarray(spec.num_pages - used, jnp.int32),
     )
     return DecodeState(
         cache=cache,
-        tokens=jnp.zeros(batch, jnp.int32),
-        remaining=jnp.full(batch, 2**30, jnp.int32),
-        finish=jnp.full(batch, RUNNING, jnp.int32),
+        tokens=jnp.asarray(np.zeros(batch, np.int32)),
+        remaining=jnp.asarray(np.full(batch, 2**30, np.int32)),
+        finish=jnp.asarray(np.full(batch, RUNNING, np.int32)),
     )
 
 
@@ -203,7 +207,12 @@ def main() -> None:
     arguments.add_argument("--page-size", type=int, default=128)
     arguments.add_argument("--dtype", default="float32", help="of weights and arithmetic")
     arguments.add_argument(
-        "--trace", type=int, nargs="+", default=[], metavar="BATCH", help="count GPU kernels here"
+        "--trace",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="BATCH",
+        help="count GPU kernels at the first context",
     )
     arguments.add_argument("--json", metavar="FILE")
     arguments.add_argument("--plot", metavar="FILE", help="needs matplotlib")
@@ -251,7 +260,7 @@ def main() -> None:
                     state, figures = measure(
                         compiled, variables, state, steps=arguments.steps, runs=arguments.runs
                     )
-                    if batch in arguments.trace:
+                    if batch in arguments.trace and context == contexts[0]:
                         state, kernels = trace(compiled, variables, state, steps=arguments.steps)
                         figures |= kernels
                     pages = state.cache.pages

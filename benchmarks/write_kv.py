@@ -25,7 +25,7 @@ from pallas_kernels.triton import write
 from pallas_kernels.xla import write as xla_write
 from saw_int4_jax.results import describe_device, write_results
 
-LAUNCH_BOUND = 4_000_000  # bytes below which a launch takes longer than the memory
+LAUNCH_BOUND = 20_000_000  # bytes below which a launch takes a good part of the time
 
 
 def formats(head_dim: int) -> dict[str, PageFormat]:
