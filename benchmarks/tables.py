@@ -150,7 +150,10 @@ def write_kv() -> str:
     if any(row["op"] == "write_qkv" for row in results["rows"]):
         names |= {"fused": "BDR with QK-norm and RoPE", "unfused": "the same, these by XLA"}
     rows = [
-        [f"{tokens:,}", *(f"{methods[name]['median_us']:.1f}" for name in names)]
+        [
+            f"{tokens:,}",
+            *(f"{methods[name]['median_us']:.1f}" if name in methods else "" for name in names),
+        ]
         for tokens, methods in cells.items()
     ]
     return markdown(["tokens", *(f"{name} µs" for name in names.values())], rows) + caption(
