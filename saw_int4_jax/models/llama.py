@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from saw_int4_jax.cache import Cache, CacheSpec, last_token
 from saw_int4_jax.nn.attention import Attend
+from saw_int4_jax.nn.dense import dot_general
 from saw_int4_jax.nn.linen import PagedAttention
 from saw_int4_jax.rope import Rope
 
@@ -85,7 +86,9 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         def dense(width: int, name: str):
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            return nn.Dense(
+                width, use_bias=False, dtype=self.dtype, dot_general=dot_general, name=name
+            )
 
         gate, up = dense(self.width, "gate_proj")(x), dense(self.width, "up_proj")(x)
         return dense(x.shape[-1], "down_proj")(jax.nn.silu(gate) * up)
@@ -168,5 +171,12 @@ class Llama(nn.Module):
         if c.tie_embeddings:
             logits = embed.attend(x)
         else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, name="lm_head")(x)
+            lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                dot_general=dot_general,
+                name="lm_head",
+            )
+            logits = lm_head(x)
         return logits.astype(jnp.float32), cache

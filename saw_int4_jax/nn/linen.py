@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from saw_int4_jax.cache import Cache
 from saw_int4_jax.nn.attention import Attend, rope_attention
+from saw_int4_jax.nn.dense import dot_general
 from saw_int4_jax.rope import Rope
 
 
@@ -61,7 +62,14 @@ class PagedAttention(nn.Module):
 
         def project(name: str, heads: int):
             width = heads * self.head_dim
-            y = nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
+            dense = nn.Dense(
+                width,
+                use_bias=self.qkv_bias,
+                dtype=self.dtype,
+                dot_general=dot_general,
+                name=name,
+            )
+            y = dense(x)
             return y.reshape(*x.shape[:2], heads, self.head_dim)
 
         q = project("q_proj", self.num_heads)
@@ -82,5 +90,11 @@ class PagedAttention(nn.Module):
             window=self.window,
             attend=self.attend,
         )
-        o_proj = nn.Dense(x.shape[-1], use_bias=self.o_bias, dtype=self.dtype, name="o_proj")
+        o_proj = nn.Dense(
+            x.shape[-1],
+            use_bias=self.o_bias,
+            dtype=self.dtype,
+            dot_general=dot_general,
+            name="o_proj",
+        )
         return o_proj(out), cache
