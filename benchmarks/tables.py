@@ -39,7 +39,10 @@ def summary() -> str:
     )
     rows.append(
         ["writing 2048 tokens to one layer, H200, µs"]
-        + [f"{fastest(writing, method=m, tokens=2048, rotate_v=False):.1f}" for m in METHODS]
+        + [
+            f"{fastest(writing, method=m, op='write_kv', tokens=2048, rotate_v=False):.1f}"
+            for m in METHODS
+        ]
     )
     raw = ", ".join(f"[{name}](benchmarks/results/{name})" for name in files)
     return markdown(["", *METHODS.values()], rows) + f"\nFrom {raw}.\n"
@@ -87,6 +90,31 @@ def decode_step() -> str:
     return markdown(head, rows) + caption(results, "cpu/decode_step.json")
 
 
+def decode_step_gpu() -> str:
+    """Decode step of a whole model on an H200 over batch and context."""
+    results = load("h200/decode_step.json")
+    cells: dict[tuple[int, int], dict[str, dict]] = {}
+    for row in results["rows"]:
+        cells.setdefault((row["batch"], row["context"]), {})[row["method"]] = row
+    rows = [
+        [
+            str(batch),
+            f"{context:,}",
+            *(f"{here[m]['median_us'] / 1e3:.2f}" if m in here else "no room" for m in METHODS),
+            f"{here['bdr']['tokens_per_s']:,.0f}",
+            f"{here['bdr']['median_us'] / here['int4']['median_us'] - 1:+.1%}",
+            f"{here['bf16']['median_us'] / here['bdr']['median_us']:.2f}x"
+            if "bf16" in here
+            else "",
+        ]
+        for (batch, context), here in sorted(cells.items())
+        if {"int4", "bdr"} <= here.keys()
+    ]
+    head = ["batch", "context", *(f"{name} ms" for name in METHODS.values())]
+    head += ["BDR tokens/s", "BDR over INT4", "BF16 over BDR"]
+    return markdown(head, rows) + caption(results, "h200/decode_step.json")
+
+
 def decode_attention() -> str:
     """Decode attention on an H200 over shapes, all in one run."""
     results = load("h200/decode_attention.json")
@@ -115,10 +143,17 @@ def write_kv() -> str:
     cells: dict[int, dict[str, dict]] = {}
     for row in results["rows"]:
         name = "bdr_kv" if row.get("rotate_v") else row["method"]
+        if row["op"] == "write_qkv":
+            name = "fused" if row["implementation"] == "triton" else "unfused"
         cells.setdefault(row["tokens"], {})[name] = row
     names = {**METHODS, "bdr_kv": "BDR, K and V"}
+    if any(row["op"] == "write_qkv" for row in results["rows"]):
+        names |= {"fused": "BDR with QK-norm and RoPE", "unfused": "the same, these by XLA"}
     rows = [
-        [f"{tokens:,}", *(f"{methods[name]['median_us']:.1f}" for name in names)]
+        [
+            f"{tokens:,}",
+            *(f"{methods[name]['median_us']:.1f}" if name in methods else "" for name in names),
+        ]
         for tokens, methods in cells.items()
     ]
     return markdown(["tokens", *(f"{name} µs" for name in names.values())], rows) + caption(
@@ -531,6 +566,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tpu_static": tpu_static,
     "tpu_rotation": tpu_rotation,
     "decode_step": decode_step,
+    "decode_step_gpu": decode_step_gpu,
     "scaling": scaling,
     "plan": plan,
     "accuracy": accuracy,

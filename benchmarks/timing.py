@@ -97,6 +97,46 @@ def time_chain(
     }
 
 
+def time_alternately(
+    chains: dict[str, tuple[Step, Any, Any]],
+    *,
+    length: int = 32,
+    runs: int = 20,
+    window_ms: float = 10,
+) -> dict[str, dict[str, float]]:
+    """Times several chains a window each in turn: what slows the device down slows all alike.
+
+    Arguments and figures as of `time_chain`.
+    """
+    compiled = {name: compile_chain(*chain, length=length) for name, chain in chains.items()}
+    carries = {name: jax.tree.map(jnp.copy, carry) for name, (_, carry, _) in chains.items()}
+    times: dict[str, list[float]] = {name: [] for name in chains}
+    loops = dict.fromkeys(chains, 10)
+    for turn in range(runs + 2):  # the first warms up, the second says how many loops fill a window
+        for name, (_, _, data) in chains.items():
+            carry = carries[name]
+            jax.block_until_ready(carry)
+            start = time.perf_counter()
+            for _ in range(loops[name]):
+                carry = compiled[name](carry, data)
+            jax.block_until_ready(carry)
+            seconds = (time.perf_counter() - start) / loops[name]
+            carries[name] = carry
+            if turn == 1:
+                loops[name] = max(1, round(window_ms / 1e3 / seconds))
+            elif turn > 1:
+                times[name].append(seconds / length * 1e6)
+    return {
+        name: {
+            "median_us": statistics.median(x),
+            "min_us": min(x),
+            "max_us": max(x),
+            "runs": runs,
+        }
+        for name, x in times.items()
+    }
+
+
 def copies(size: int, total: int = 400_000_000) -> int:
     """How many copies of `size` bytes the caches cannot hold between two uses of one."""
     return max(2, min(UNROLL, -(-total // size)))

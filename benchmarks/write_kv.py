@@ -3,24 +3,29 @@
     python -m benchmarks.write_kv --json benchmarks/results/h200/write_kv.json
 
 Bytes are those read (BF16 keys and values) and written (packed rows and scales). Keys and values
-come out of the second level cache where they fit, as they do after a projection.
+come out of the second level cache where they fit, as they do after a projection. The methods of a
+number of tokens take turns. The last rows are what lies between projections and attention, with
+QK-norm and RoPE: in one launch, and by XLA before the same kernel writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import copies, copy_ceiling, device_kernels, time_chain
-from pallas_kernels import PageFormat, init_pages, page_format
+from benchmarks.timing import copies, copy_ceiling, device_kernels, time_alternately
+from pallas_kernels import PageFormat, Pages, init_pages, page_format
+from pallas_kernels.xla import write as xla_write
 from saw_int4_jax.results import describe_device, write_results
 
-LAUNCH_BOUND = 4_000_000  # bytes below which a launch takes longer than the memory
+LAUNCH_BOUND = 20_000_000  # bytes below which a launch takes a good part of the time
 
 
 def formats(head_dim: int) -> dict[str, PageFormat]:
@@ -33,7 +38,7 @@ def formats(head_dim: int) -> dict[str, PageFormat]:
     }
 
 
-def write_chain(
+def random_tokens(
     format: PageFormat,
     *,
     tokens: int,
@@ -41,9 +46,8 @@ def write_chain(
     head_dim: int,
     page_size: int,
     scattered: bool = False,
-    blocks=None,
-) -> tuple:
-    """What `time_chain` takes: calls of `write_kv`, each a layer further."""
+) -> tuple[Pages, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Pages of as many layers as defeat the caches, and keys, values and slots to write."""
     num_pages = -(-tokens // page_size) + 1
     sizes = dict(num_pages=num_pages, kv_heads=kv_heads, page_size=page_size, head_dim=head_dim)
     one = jax.eval_shape(lambda: init_pages(format, layers=1, **sizes))
@@ -53,14 +57,46 @@ def write_chain(
     slots = jax.random.permutation(keys[1], num_pages)[:, None] * page_size
     slots = (slots + jnp.arange(page_size)).reshape(-1)
     slots = (jax.random.permutation(keys[2], slots) if scattered else slots)[:tokens]
+    return pages, (k, v, slots.astype(jnp.int32))
 
-    kernels = importlib.import_module(f"pallas_kernels.{device_kernels()}.write")
+
+def write_chain(format: PageFormat, *, blocks=None, **sizes) -> tuple:
+    """What `time_chain` takes: calls of `write_kv`, each a layer further."""
+
+    write = importlib.import_module(f"pallas_kernels.{device_kernels()}.write")
     options = {} if blocks is None else {"blocks": blocks}
 
     def step(i, pages, data):
-        return kernels.write_kv(pages, *data, layer=i % pages.layers, **options)
+        return write.write_kv(pages, *data, layer=i % pages.layers, **options)
 
-    return step, pages, (k, v, slots.astype(jnp.int32))
+    return step, *random_tokens(format, **sizes)
+
+
+def prepare_chain(format: PageFormat, *, q_heads: int, fused: bool, **sizes) -> tuple:
+    """The same for `write_qkv`: the next call's queries are the last one's."""
+    write = importlib.import_module(f"pallas_kernels.{device_kernels()}.write")
+    pages, (k, v, slots) = random_tokens(format, **sizes)
+    tokens, _, head_dim = k.shape
+    angle = jnp.arange(tokens)[:, None] * 10_000 ** -jnp.linspace(0, 1, head_dim // 2)
+    weight = jnp.ones(head_dim, jnp.bfloat16)
+    by_xla = functools.partial(xla_write.write_qkv, write=write.write_kv)
+
+    def step(i, carry, data):
+        pages, q = carry
+        k, v, slots, cos, sin, weight = data
+        q, pages = (write.write_qkv if fused else by_xla)(
+            *(pages, q, k, v, slots),
+            cos=cos,
+            sin=sin,
+            q_norm=weight,
+            k_norm=weight,
+            eps=1e-6,
+            layer=i % pages.layers,
+        )
+        return pages, q
+
+    q = jax.random.normal(jax.random.key(1), (tokens, q_heads, head_dim), jnp.bfloat16)
+    return step, (pages, q), (k, v, slots, jnp.cos(angle), jnp.sin(angle), weight)
 
 
 def main() -> None:
@@ -68,36 +104,42 @@ def main() -> None:
     arguments.add_argument(
         "--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 2048, 8192], metavar="N"
     )
+    arguments.add_argument("--q-heads", type=int, default=32)
     arguments.add_argument("--kv-heads", type=int, default=8)
     arguments.add_argument("--head-dim", type=int, default=128)
     on_gpu = jax.default_backend() == "gpu"
     arguments.add_argument("--page-size", type=int, default=64 if on_gpu else 128)
     arguments.add_argument("--scattered", action="store_true", help="no two tokens side by side")
-    arguments.add_argument("--methods", nargs="+", default=list(formats(1)))
     arguments.add_argument("--length", type=int, default=32, help="calls in one compiled loop")
     arguments.add_argument("--runs", type=int, default=15)
     arguments.add_argument("--json", metavar="FILE")
     arguments = arguments.parse_args()
-    sizes = dict(
-        kv_heads=arguments.kv_heads, head_dim=arguments.head_dim, page_size=arguments.page_size
-    )
+    head_dim, q_heads = arguments.head_dim, arguments.q_heads
+    sizes = dict(kv_heads=arguments.kv_heads, head_dim=head_dim, page_size=arguments.page_size)
     timing = dict(length=arguments.length, runs=arguments.runs)
 
-    rows = []
-    title = f"write_kv, {sizes['kv_heads']} heads of {sizes['head_dim']}, {describe_device()}"
+    rows: list[dict[str, Any]] = []
+    title = f"write_kv, {sizes['kv_heads']} heads of {head_dim}, {describe_device()}"
     table = Table("tokens", "method", "MB", "µs", "GB/s", "% of copy", "over int4", title=title)
+    methods = formats(head_dim)
     for tokens in arguments.tokens:
-        plain = None
-        for method in arguments.methods:
-            format = formats(sizes["head_dim"])[method]
-            chain = write_chain(format, tokens=tokens, scattered=arguments.scattered, **sizes)
-            figures = time_chain(*chain, **timing)
+        here = dict(tokens=tokens, scattered=arguments.scattered, **sizes)
+        chains = {name: write_chain(format, **here) for name, format in methods.items()}
+        figures = time_alternately(chains, **timing)
+        del chains
+        chains = {
+            name: prepare_chain(methods["bdr"], q_heads=q_heads, fused=fused, **here)
+            for name, fused in ((device_kernels(), True), (f"xla + {device_kernels()}", False))
+        }
+        prepared = time_alternately(chains, **timing)
+        del chains
+        for method, format in methods.items():
             vectors = 2 * tokens * sizes["kv_heads"]
-            stored = 2 * sizes["head_dim"] if method == "bf16" else sizes["head_dim"] / 2 + 4
-            size = int(vectors * (2 * sizes["head_dim"] + stored))
+            stored = 2 * head_dim if method == "bf16" else head_dim / 2 + 4
+            size = int(vectors * (2 * head_dim + stored))
             ceiling = copy_ceiling(size, **timing) if size >= LAUNCH_BOUND else None
-            rate = size / figures["median_us"] / 1e3
-            plain = figures["median_us"] if method == "int4" else plain
+            median = figures[method]["median_us"]
+            rate = size / median / 1e3
             rows.append(
                 {
                     "op": "write_kv",
@@ -107,7 +149,7 @@ def main() -> None:
                     "rotate_v": format.rotate_v,
                     "tokens": tokens,
                     **sizes,
-                    **figures,
+                    **figures[method],
                     "bytes": size,
                     "gb_per_s": rate,
                     **(
@@ -121,14 +163,30 @@ def main() -> None:
                 f"{tokens:,}",
                 method,
                 f"{size / 1e6:.2f}",
-                f"{figures['median_us']:.2f}",
+                f"{median:.2f}",
                 f"{rate:.0f}",
                 f"{rate / ceiling:.0%}" if ceiling else "",
-                f"{figures['median_us'] / plain - 1:+.1%}" if plain else "",
+                f"{median / figures['int4']['median_us'] - 1:+.1%}",
             )
+        for implementation, times in prepared.items():
+            rows.append(
+                {
+                    "op": "write_qkv",
+                    "implementation": implementation,
+                    "method": "bdr",
+                    "order": methods["bdr"].order,
+                    "rotate_v": False,
+                    "tokens": tokens,
+                    "q_heads": q_heads,
+                    **sizes,
+                    **times,
+                }
+            )
+            name = f"QK-norm, RoPE, bdr: {implementation}"
+            table.add_row(f"{tokens:,}", name, "", f"{times['median_us']:.2f}", "", "", "")
+        if arguments.json:
+            write_results(arguments.json, rows)
     Console().print(table)
-    if arguments.json:
-        write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

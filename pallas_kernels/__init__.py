@@ -2,6 +2,6 @@
 
 from pallas_kernels.attention import paged_attention
 from pallas_kernels.page_format import PageFormat, Pages, init_pages
-from pallas_kernels.write import write_kv
+from pallas_kernels.write import write_kv, write_qkv
 
-__all__ = ["PageFormat", "Pages", "init_pages", "paged_attention", "write_kv"]
+__all__ = ["PageFormat", "Pages", "init_pages", "paged_attention", "write_kv", "write_qkv"]

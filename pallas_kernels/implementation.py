@@ -25,7 +25,7 @@ SWITCHED_OFF = "PALLAS_KERNELS_OFF"
 
 
 def choose(
-    operation: Literal["write_kv", "paged_attention"],
+    operation: Literal["write_kv", "write_qkv", "paged_attention"],
     implementation: Implementation | None,
     *operands: Any,
 ) -> Callable[..., Any]:
@@ -93,5 +93,5 @@ def _say(message: str) -> None:
 
 def _module(implementation: Implementation, operation: str) -> ModuleType:
     """Imported when first used: a kernel language may be missing where it is not needed."""
-    file = {"write_kv": "write", "paged_attention": "attention"}[operation]
+    file = "attention" if operation == "paged_attention" else "write"
     return importlib.import_module(f"pallas_kernels.{implementation}.{file}")

@@ -233,11 +233,12 @@ def quantize(
     spread = x.max(-1) - minimum
     # `reduce_precision` and not a cast there and back, which XLA removes under jit on GPU.
     scale = lax.reduce_precision(spread * _FIFTEENTH, exponent_bits=8, mantissa_bits=7)
-    usable = (scale >= _TINY) & (scale < jnp.inf)
+    # Each number is looked at: under jit on CPU a vectorized minimum may pass over a NaN.
+    finite = jnp.isfinite(x).all(-1) & jnp.isfinite(spread)
+    usable = finite & (scale >= _TINY)
     inverse = jnp.where(usable, 1 / scale, 0)
     steps = jnp.round((x - minimum[..., None]) * inverse[..., None])
     codes = jnp.where(usable[..., None], jnp.clip(steps, 0, 15), 0).astype(jnp.uint8)
-    finite = jnp.isfinite(spread)
     scale = jnp.where(finite, jnp.where(usable, scale, 0), jnp.nan)
     minimum = jnp.where(finite, minimum, 0)
     return codes, join_scales(scale, minimum)

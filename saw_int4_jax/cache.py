@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import PageFormat, Pages, init_pages, paged_attention, write_kv
+from pallas_kernels import PageFormat, Pages, init_pages, paged_attention, write_qkv
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.page_format import Layout, largest_order, page_specs, preferred_layout
 from pallas_kernels.write import check_layer
@@ -567,6 +567,11 @@ def attend(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     *,
+    cos: Float[Array, "B T D/2"] | None = None,
+    sin: Float[Array, "B T D/2"] | None = None,
+    q_norm: Float[Array, "D"] | None = None,
+    k_norm: Float[Array, "D"] | None = None,
+    eps: float = 1e-6,
     sinks: Float[Array, "H"] | None = None,
     **options,
 ) -> tuple[Float[Array, "B T H D"], Cache]:
@@ -578,9 +583,14 @@ def attend(
     Args:
       cache: donate it to the jitted step.
       layer: this attention layer's index.
-      q: queries after RoPE.
-      k: keys after RoPE; they are rotated and quantized here.
+      q: queries after RoPE, or before it with `cos` and `sin`.
+      k: keys likewise; they are rotated and quantized here.
       v: values.
+      cos: with `sin`, RoPE for q and k, as in `pallas_kernels.write_qkv`.
+      sin: see `cos`.
+      q_norm: weight of the queries' RMS norm, applied before RoPE; `None`: no such norm.
+      k_norm: that of the keys'.
+      eps: of these norms.
       sinks: as in `pallas_kernels.paged_attention`.
       **options: `causal`, `scale`, `window`, `soft_cap`, as there.
 
@@ -601,12 +611,27 @@ def attend(
                 f"Expected {q.shape[2]} query heads to be a multiple of {devices} devices"
             )
 
-    def local(cache, layer, q, k, v, sinks):
-        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        where, chosen = slots(cache, num_tokens).reshape(-1), cache.implementation
-        pages = write_kv(cache.pages, k, v, where, layer=layer, implementation=chosen)
+    def local(cache, layer, q, k, v, sinks, cos, sin, q_norm, k_norm):
+        def tokens(x):
+            return None if x is None else x.reshape(-1, *x.shape[2:])
+
+        chosen = cache.implementation
+        new_q, pages = write_qkv(
+            cache.pages,
+            tokens(q),
+            tokens(k),
+            tokens(v),
+            slots(cache, num_tokens).reshape(-1),
+            cos=tokens(cos),
+            sin=tokens(sin),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            layer=layer,
+            implementation=chosen,
+        )
         out = paged_attention(
-            q,
+            new_q.reshape(q.shape),
             pages,
             cache.page_table,
             cache.lengths,
@@ -618,6 +643,8 @@ def attend(
         )
         return dataclasses.replace(cache, pages=pages), out
 
-    specs = PartitionSpec(), Q_SPEC, KV_SPEC, KV_SPEC, PartitionSpec((HEADS, GROUPS))
-    cache, out = _on_each_device(local, cache, layer, q, k, v, sinks, specs=specs, out=Q_SPEC)
+    heads, everywhere = PartitionSpec((HEADS, GROUPS)), PartitionSpec()
+    specs = everywhere, Q_SPEC, KV_SPEC, KV_SPEC, heads, ROWS, ROWS, everywhere, everywhere
+    arrays = layer, q, k, v, sinks, cos, sin, q_norm, k_norm
+    cache, out = _on_each_device(local, cache, *arrays, specs=specs, out=Q_SPEC)
     return out, cache

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.xla.write import rope
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -38,11 +40,15 @@ class Rope:
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return frequency * (kept + (1 - kept) / scaling.factor)
 
+    def angles(
+        self, positions: Int[Array, "B T"], head_dim: int
+    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        """Cosine and sine of the angle that each channel pair of a position is turned by."""
+        angle = positions[..., None] * self.frequencies(head_dim)
+        return jnp.cos(angle), jnp.sin(angle)
+
     def __call__(
         self, x: Float[Array, "B T heads D"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T heads D"]:
         """Turns x by its positions; computed in float32, returned in x's dtype."""
-        angle = positions[..., None, None] * self.frequencies(x.shape[-1])
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        return rope(x, *self.angles(positions, x.shape[-1]))

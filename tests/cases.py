@@ -119,6 +119,28 @@ WRITES = [
 
 
 @dataclasses.dataclass(frozen=True)
+class PreparedCase:
+    """One call of `write_qkv`: what is done to queries and keys before they are written."""
+
+    write: WriteCase
+    q_heads: int = 4
+    rope: bool = True
+    norm: bool = True
+
+
+PREPARED = [
+    PreparedCase(WriteCase("all", "split", order=64, dtype="bfloat16")),
+    PreparedCase(WriteCase("rope", "split", rotate_v=True), norm=False),
+    PreparedCase(WriteCase("norm", "split", dtype="bfloat16"), rope=False),
+    PreparedCase(WriteCase("unquantized", "bf16", order=1, dtype="bfloat16"), q_heads=2),
+    PreparedCase(WriteCase("skipped", "split", slots=(-1, 3, 64, 62, -64, 18)), q_heads=6),
+    PreparedCase(WriteCase("head_dim_80", "split", head_dim=80, dtype="bfloat16")),
+    PreparedCase(WriteCase("head_dim_96", "split", head_dim=96, order=32, kv_heads=1)),
+    PreparedCase(WriteCase("head_dim_128", "split", head_dim=128, order=128, dtype="bfloat16")),
+]
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionCase:
     """One call of `paged_attention`.
 

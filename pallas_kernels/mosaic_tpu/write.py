@@ -36,6 +36,7 @@ from pallas_kernels.mosaic_tpu.attention import (
     tokens_last,
 )
 from pallas_kernels.page_format import Pages
+from pallas_kernels.xla import write as xla_write
 
 BLOCK_TOKENS = 128
 BLOCK_NUMBERS = 1 << 18  # bounds K * D * tokens of a block, and so the memory
@@ -377,3 +378,7 @@ def _quantize(x: Array) -> tuple[Array, Array]:
     scale = jnp.where(finite, jnp.where(usable, scale, 0), jnp.nan)
     minimum = jnp.where(finite, minimum, 0)
     return codes, page_format.join_scales(scale, minimum)
+
+
+# XLA fuses QK-norm and RoPE with each other; only the writing is a kernel.
+write_qkv = functools.partial(xla_write.write_qkv, write=write_kv)

@@ -257,6 +257,62 @@ def rotate(
     return out
 
 
+# Channel 8 t + 4 b + 2 h + i lies in lane t of its token's four, in register 2 b + h, half i. So it
+# comes to `mma` as row g + 8 h, k = 8 b + 2 t + i; column 2 t + i of product b is where it shall
+# be. Matrix B says minus one to the number of bits that the channels of its row and column share,
+# zero across blocks. What is left is bit h: the sums and differences at the end.
+_ROTATE_LANES = """{{
+.reg .b32 lane, in, out, w, n, t; .reg .pred p; .reg .f32 z, a<4>, b<4>;
+mov.u32 lane, %laneid; and.b32 in, lane, 3; shr.u32 out, lane, 3;
+and.b32 t, in, out; and.b32 t, t, {within}; popc.b32 t, t; shl.b32 t, t, 31; shr.s32 t, t, 31;
+and.b32 t, t, 0x80008000; shr.u32 w, lane, 2; shl.b32 w, w, 31; xor.b32 w, w, t;
+xor.b32 w, w, {one};
+xor.b32 t, in, out; and.b32 t, t, {across}; setp.ne.u32 p, t, 0; selp.b32 w, 0, w, p;
+shl.b32 t, in, 3; setp.ne.u32 p, t, $12; selp.b32 w, {nan}, w, p;
+xor.b32 n, w, 0x80008000; mov.f32 z, 0f00000000;
+{mma} {{a0, a1, a2, a3}}, {{$8, $9, $10, $11}}, {{w, w}}, {{z, z, z, z}};
+{mma} {{b0, b1, b2, b3}}, {{$8, $9, $10, $11}}, {{w, n}}, {{z, z, z, z}};
+add.f32 $0, a0, a2; add.f32 $1, a1, a3; sub.f32 $2, a0, a2; sub.f32 $3, a1, a3;
+add.f32 $4, b0, b2; add.f32 $5, b1, b3; sub.f32 $6, b0, b2; sub.f32 $7, b1, b3; }}"""
+_ONE_AND_NAN = {"bfloat16": ("0x3F803F80", "0x7FC07FC0"), "float16": ("0x3C003C00", "0x7E007E00")}
+
+
+def can_rotate_lanes(dtype, *, order: int, width: int, rows: int, num_warps: int) -> bool:
+    """Whether `rotate_lanes` takes such pieces, on the default device."""
+    # A machine that only compiles has no capability: it compiles for a recent one.
+    capability = float(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    fits = order >= 8 and width == 32 and rows >= 8 * num_warps
+    return fits and capability >= 8.0 and jnp.dtype(dtype).name in _ONE_AND_NAN
+
+
+def rotate_lanes(x: Float[Array, "tokens 32"], order: int) -> Float[Array, "tokens 32"]:
+    """Multiplies each run of `order` channels by ±1 (order 8, 16 or 32), in float32.
+
+    The matrix unit takes the channels from the registers that they were loaded to and leaves them
+    there, where a matrix product at large goes through shared memory and back. That needs x as it
+    is loaded: four neighbouring lanes hold a token, eight neighbouring channels each. Should a
+    compiler ever lay it out otherwise, the result is NaN.
+    """
+    one, nan = _ONE_AND_NAN[x.dtype.name]
+    kind = {"bfloat16": "bf16", "float16": "f16"}[x.dtype.name]
+    within = order // 8 - 1
+    instructions = _ROTATE_LANES.format(
+        within=within,
+        across=3 & ~within,
+        one=one,
+        nan=nan,
+        mma=f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
+    )
+    [out] = plt.elementwise_inline_asm(
+        " ".join(instructions.split()),
+        args=[x, jnp.broadcast_to(jnp.arange(32)[None], x.shape)],
+        constraints=",".join(["=&f"] * 8 + ["r"] * 12),
+        pack=8,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return out
+
+
 def _overlap(i: int, j: int, width: int, order: int) -> bool:
     """Whether a block of `order` channels has channels in both pieces i and j."""
 
@@ -290,9 +346,18 @@ def exp2(x: Float[Array, "*s"], gpu: bool) -> Float[Array, "*s"]:
     return _float32("ex2.approx.ftz.f32 $0, $1;", x) if gpu else jnp.exp2(x)
 
 
-def divide(a: Float[Array, "*s"], b: Float[Array, "*s"], gpu: bool) -> Float[Array, "*s"]:
-    """a / b rounded to nearest, where the compiler's own division is approximate."""
-    return _float32("div.rn.f32 $0, $1, $2;", a, b) if gpu else a / b
+def reciprocal(x: Float[Array, "*s"], gpu: bool) -> Float[Array, "*s"]:
+    """1 / x of a bfloat16 x, rounded to nearest, where neither is subnormal.
+
+    One step of Newton's method: a division that takes every number is six times as long.
+    """
+    if not gpu:
+        return 1 / x
+    return _float32(
+        "{ .reg .f32 y, n, e; rcp.approx.ftz.f32 y, $1; neg.f32 n, $1; "
+        "fma.rn.f32 e, n, y, 0f3F800000; fma.rn.f32 $0, e, y, y; }",
+        x,
+    )
 
 
 def _float32(instruction: str, *args: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -69,6 +69,10 @@ def supported(
     return None
 
 
+# The layer is an operand: a model's layers are one function, traced and lowered once.
+@functools.partial(
+    jax.jit, static_argnames=("causal", "scale", "window", "soft_cap", "blocks", "interpret")
+)
 def paged_attention(
     q: Float[Array, "B T H D"],
     pages: Pages,

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from saw_int4_jax.cache import Cache, CacheSpec, attend, last_token
+from saw_int4_jax.cache import Cache, CacheSpec, last_token
 from saw_int4_jax.nn.attention import Attend
+from saw_int4_jax.nn.dense import dot_general
 from saw_int4_jax.nn.linen import PagedAttention
 from saw_int4_jax.rope import Rope
 
@@ -88,7 +89,9 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         def dense(width: int, name: str):
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            return nn.Dense(
+                width, use_bias=False, dtype=self.dtype, dot_general=dot_general, name=name
+            )
 
         gate, up = dense(self.width, "gate_proj")(x), dense(self.width, "up_proj")(x)
         return dense(x.shape[-1], "down_proj")(jax.nn.silu(gate) * up)
@@ -100,7 +103,7 @@ class DecoderLayer(nn.Module):
     config: LlamaConfig
     layer: int
     dtype: jnp.dtype | None = None
-    attend: Attend = attend
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -140,14 +143,14 @@ class Llama(nn.Module):
       dtype: of the computation; `None`: the parameters'.
       last_only: return the logits of each sequence's newest token alone, which is all that
         generation needs of a prompt.
-      attend: what writes to the cache and attends; another takes another kind of cache, as those
-        of `saw_int4_jax.methods`.
+      attend: what writes to another kind of cache and attends, as those of `saw_int4_jax.methods`;
+        `None`: this library's.
     """
 
     config: LlamaConfig
     dtype: jnp.dtype | None = None
     last_only: bool = False
-    attend: Attend = attend
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -171,7 +174,14 @@ class Llama(nn.Module):
         if c.tie_embeddings:
             logits = embed.attend(x)
         else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, name="lm_head")(x)
+            lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                dot_general=dot_general,
+                name="lm_head",
+            )
+            logits = lm_head(x)
         return logits.astype(jnp.float32), cache
 
 

@@ -6,9 +6,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from saw_int4_jax.cache import Cache, attend
+from saw_int4_jax.cache import Cache
 from saw_int4_jax.nn.attention import Attend, rope_attention
+from saw_int4_jax.nn.dense import dot_general
 from saw_int4_jax.rope import Rope
+
+
+class NormWeight(nn.Module):
+    """What `nn.RMSNorm` multiplies with, under the name that it has there."""
+
+    @nn.compact
+    def __call__(self, width: int) -> Float[Array, "width"]:
+        return self.param("scale", nn.initializers.ones, (width,))
 
 
 class PagedAttention(nn.Module):
@@ -29,7 +38,7 @@ class PagedAttention(nn.Module):
       norm_eps: of that normalization.
       window: sliding window in tokens; `None`: all.
       dtype: of the computation; `None`: that of inputs and parameters.
-      attend: what writes to the cache and attends; another takes another kind of cache.
+      attend: what writes to another kind of cache and attends; `None`: this library's.
     """
 
     num_heads: int
@@ -43,7 +52,7 @@ class PagedAttention(nn.Module):
     norm_eps: float = 1e-6
     window: int | None = None
     dtype: jnp.dtype | None = None
-    attend: Attend = attend
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -53,15 +62,21 @@ class PagedAttention(nn.Module):
 
         def project(name: str, heads: int):
             width = heads * self.head_dim
-            y = nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
+            dense = nn.Dense(
+                width,
+                use_bias=self.qkv_bias,
+                dtype=self.dtype,
+                dot_general=dot_general,
+                name=name,
+            )
+            y = dense(x)
             return y.reshape(*x.shape[:2], heads, self.head_dim)
 
         q = project("q_proj", self.num_heads)
         k = project("k_proj", self.num_kv_heads)
         v = project("v_proj", self.num_kv_heads)
-        if self.qk_norm:
-            q = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="q_norm")(q)
-            k = nn.RMSNorm(epsilon=self.norm_eps, dtype=self.dtype, name="k_norm")(k)
+        q_norm = NormWeight(name="q_norm")(self.head_dim) if self.qk_norm else None
+        k_norm = NormWeight(name="k_norm")(self.head_dim) if self.qk_norm else None
         out, cache = rope_attention(
             q,
             k,
@@ -69,8 +84,17 @@ class PagedAttention(nn.Module):
             cache,
             layer=self.layer,
             rope=self.rope,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=self.norm_eps,
             window=self.window,
             attend=self.attend,
         )
-        o_proj = nn.Dense(x.shape[-1], use_bias=self.o_bias, dtype=self.dtype, name="o_proj")
+        o_proj = nn.Dense(
+            x.shape[-1],
+            use_bias=self.o_bias,
+            dtype=self.dtype,
+            dot_general=dot_general,
+            name="o_proj",
+        )
         return o_proj(out), cache

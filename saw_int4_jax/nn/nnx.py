@@ -56,6 +56,7 @@ class PagedAttention(nnx.Module):
         self.head_dim = head_dim
         self.layer = layer
         self.rope = rope
+        self.norm_eps = norm_eps
         self.window = window
 
         def linear(width_in: int, width_out: int, bias: bool):
@@ -78,9 +79,20 @@ class PagedAttention(nnx.Module):
             projection(x).reshape(*x.shape[:2], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+
+        def weight(norm: str) -> Array | None:
+            return getattr(self, norm).scale[...] if self.qk_norm else None
+
         out, cache = rope_attention(
-            q, k, v, cache, layer=self.layer, rope=self.rope, window=self.window
+            q,
+            k,
+            v,
+            cache,
+            layer=self.layer,
+            rope=self.rope,
+            q_norm=weight("q_norm"),
+            k_norm=weight("k_norm"),
+            eps=self.norm_eps,
+            window=self.window,
         )
         return self.o_proj(out), cache

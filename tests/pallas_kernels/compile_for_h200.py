@@ -104,6 +104,21 @@ def compile_write(topology, format):
     compile_for(topology, lambda *x: write.write_kv(*x, layer=0), pages, tokens, tokens, slots)
 
 
+def compile_prepare(topology, format, tokens):
+    sizes = dict(layers=2, num_pages=64, kv_heads=8, page_size=64, head_dim=128)
+    pages = jax.eval_shape(lambda: init_pages(format, **sizes))
+    q, k = (jax.ShapeDtypeStruct((tokens, heads, 128), jnp.bfloat16) for heads in (32, 8))
+    slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    angle = jax.ShapeDtypeStruct((tokens, 64), jnp.float32)
+    weight = jax.ShapeDtypeStruct((128,), jnp.bfloat16)
+
+    def f(pages, q, k, v, slots, cos, sin, q_norm, k_norm):
+        weights = dict(q_norm=q_norm, k_norm=k_norm, eps=1e-6)
+        return write.write_qkv(pages, q, k, v, slots, layer=1, cos=cos, sin=sin, **weights)
+
+    compile_for(topology, f, pages, q, k, k, slots, angle, angle, weight, weight)
+
+
 def spilled_bytes() -> int | None:
     """Over all kernels compiled since the last call; `None` without ptxas."""
     [*found] = pathlib.Path(jax.__file__).parents[1].glob("nvidia/cu*/bin/ptxas")
@@ -145,6 +160,8 @@ def main() -> None:
             topology, PageFormat("bf16"), queries=300, head_dim=128
         ),
         "triton write": lambda: compile_write(topology, bdr),
+        "triton write prepared": lambda: compile_prepare(topology, bdr, 8),
+        "triton write prepared bf16": lambda: compile_prepare(topology, PageFormat("bf16"), 512),
         "triton write values rotated": lambda: compile_write(
             topology, PageFormat("split", 128, True)
         ),

@@ -370,3 +370,13 @@ def test_convert_errors(source, target, message):
     pages = init_pages(PageFormat(source), **SIZES)
     with pytest.raises(ValueError, match=f"^Expected .*{message}"):
         page_format.convert(pages, target)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bad_number_anywhere_makes_its_row_nan(bad, dtype):
+    """And no other. Compiled: a vectorized minimum may pass over a NaN in some lanes."""
+    x = np.random.default_rng(0).normal(size=(130, 128))
+    x[np.arange(128), np.arange(128)] = bad
+    _, words = quantize(jnp.asarray(x, dtype))
+    np.testing.assert_array_equal(words == oracle.NAN_WORD, np.arange(130) < 128)

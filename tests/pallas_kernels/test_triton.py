@@ -243,7 +243,10 @@ def test_hard_rows_have_the_same_bytes(mode):
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", [1, 16, 128])
 def test_many_tokens_have_the_same_bytes(order):
-    """But for ties that the last bit of a rotation decides, which are few."""
+    """But for ties that the last bit of a rotation decides, which are few.
+
+    Sums of a few bfloat16 numbers have few digits: that many of them are ties.
+    """
     case = cases.WriteCase(
         "many",
         "split",
@@ -265,7 +268,7 @@ def test_many_tokens_have_the_same_bytes(order):
     print(f"order {order}: {(~same).sum()} of {same.size} words, {flips.sum()} of {flips.size}")
     assert (~same).mean() <= (0 if order == 1 else 1e-3)
     assert flips.max() <= 1
-    assert flips.mean() <= (0 if order == 1 else 1e-5)
+    assert flips.mean() <= (0 if order == 1 else 1e-4)
 
 
 @pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
@@ -278,6 +281,23 @@ def test_bad_tokens_are_stored_as_nan(mode):
     _, words = test_write.logical(pages)
     is_nan = words[0, 0, :3] == oracle.NAN_WORD  # [token, K, key or value]
     np.testing.assert_array_equal(np.argwhere(is_nan), [[0, 0, 0], [1, 1, 0], [2, 0, 1]])
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("case", cases.PREPARED, ids=lambda case: case.write.name)
+def test_prepared_tokens_equal_those_of_xla(mode, case):
+    """But for the last bit of a sum or a root, which decides a rounding now and then."""
+    pages, operands, options = test_write.unprepared(case)
+    expected_q, expected = test_write.prepare_and_write(pages, *operands, **options)
+    if mode == INTERPRETED:
+        options |= dict(blocks=write.Blocks(16, 1), interpret=True)
+    everything = dict.fromkeys(("cos", "sin", "q_norm", "k_norm")) | options
+    q, actual = jax.jit(
+        functools.partial(write.write_qkv, layer=0, **{k: v for k, v in everything.items()})
+    )(pages, *operands)
+    dtype = case.write.dtype
+    test_write.assert_nearly_equal(q, expected_q, dtype)
+    test_write.assert_nearly_equal_pages(actual, expected, dtype)
 
 
 @pytest.mark.gpu

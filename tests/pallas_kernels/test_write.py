@@ -1,9 +1,12 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PageFormat, init_pages, write_kv
+from pallas_kernels import PageFormat, init_pages, write_kv, write_qkv
 from tests import cases, oracle
 from tests.hlo import assert_in_place
 
@@ -129,6 +132,92 @@ def test_named_implementation():
     assert_same_bytes(named, expected_write(pages, k, v, case.slots, 0))
 
 
+# --- Before writing: QK-norm and RoPE ---------------------------------------------------------
+
+
+def unprepared(case):
+    """Pages, (q, k, v, slots) and the options of `write_qkv`."""
+    case, q_heads, rope, norm = case.write, case.q_heads, case.rope, case.norm
+    rng = np.random.default_rng(2)
+    n, head_dim = len(case.slots), case.head_dim
+    q = jnp.asarray(rng.normal(size=(n, q_heads, head_dim)), case.dtype)
+    options = {}
+    if rope:
+        angle = rng.uniform(0, 100, (n, head_dim // 2))
+        options |= dict(cos=jnp.asarray(np.cos(angle)), sin=jnp.asarray(np.sin(angle)))
+    if norm:
+        weights = 1 + rng.normal(size=(2, head_dim)) / 4
+        options |= dict(zip(("q_norm", "k_norm"), jnp.asarray(weights, case.dtype)), eps=1e-3)
+    else:
+        options["eps"] = 1e-3
+    return dirty_pages(case), (q, *tokens(case), jnp.array(case.slots, jnp.int32)), options
+
+
+def prepare_and_write(pages, q, k, v, slots, *, cos=None, sin=None, q_norm=None, k_norm=None, eps):
+    """In NumPy, but for the writing."""
+
+    def prepared(x, weight):
+        dtype = x.dtype
+        if weight is not None:
+            x = np.asarray(x, np.float64)
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.asarray(weight, np.float64)
+            x = jnp.asarray(x, dtype)
+        if cos is not None:
+            a, b = np.split(np.asarray(x, np.float64), 2, axis=-1)
+            c, s = np.asarray(cos)[:, None], np.asarray(sin)[:, None]
+            x = jnp.asarray(np.concatenate([a * c - b * s, b * c + a * s], axis=-1), dtype)
+        return x
+
+    return prepared(q, q_norm), write(pages, prepared(k, k_norm), v, slots)
+
+
+def assert_nearly_equal(actual, expected, dtype):
+    tolerance = 1e-5 if dtype == "float32" else 2**-7
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance / 4)
+    assert (actual != expected).mean() < (1 if dtype == "float32" else 0.02)
+
+
+def assert_nearly_equal_pages(actual, expected, dtype):
+    """Stored numbers within a step, few of them different."""
+    for pages in (actual, expected):
+        assert pages.format == expected.format
+    if actual.scales is None:
+        actual, expected = (
+            jax.lax.bitcast_convert_type(pages.data, jnp.bfloat16) for pages in (actual, expected)
+        )
+        same = np.asarray(actual, np.float32) == np.asarray(expected, np.float32)
+        assert (same | np.isnan(np.asarray(actual, np.float32))).mean() > 0.98
+        return
+    (codes, words), (expected_codes, expected_words) = logical(actual), logical(expected)
+    assert (words != expected_words).mean() < 0.01
+    same = np.broadcast_to((words == expected_words)[..., None], codes.shape)
+    flips = np.abs(codes.astype(int) - expected_codes)[same]
+    assert flips.max() <= 1
+    assert flips.mean() < (1e-3 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("layout", ["paired", None])
+@pytest.mark.parametrize("case", cases.PREPARED, ids=lambda case: case.write.name)
+def test_prepared_tokens_equal_those_of_numpy(case, layout):
+    if layout and case.write.layout != "bf16":
+        case = dataclasses.replace(case, write=dataclasses.replace(case.write, layout=layout))
+    pages, operands, options = unprepared(case)
+    expected_q, expected = prepare_and_write(pages, *operands, **options)
+    q, actual = jax.jit(functools.partial(write_qkv, **options))(pages, *operands)
+    assert q.dtype == operands[0].dtype
+    assert_nearly_equal(q, expected_q, case.write.dtype)
+    assert_nearly_equal_pages(actual, expected, case.write.dtype)
+
+
+def test_nothing_to_prepare_is_writing():
+    case = cases.WRITES[0]
+    pages, (k, v), slots = dirty_pages(case), tokens(case), jnp.array(case.slots)
+    q, actual = write_qkv(pages, k, k, v, slots)
+    assert q is k
+    jax.tree.map(np.testing.assert_array_equal, actual, write(pages, k, v, slots))
+
+
 # --- In place -------------------------------------------------------------------------------
 
 
@@ -196,3 +285,28 @@ def test_errors(arguments, error, message):
     good = dict(pages=init_pages(PageFormat("paired", 8), **sizes), k=K, v=K, slots=SLOTS)
     with pytest.raises(error, match=f"^Expected .*{message}"):
         write_kv(**{**good, **arguments})
+
+
+ANGLE = np.zeros((3, 4), np.float32)
+BAD_PREPARATIONS = [
+    (dict(q=K[:2]), "q.shape"),
+    (dict(q=K[0]), "q.shape"),
+    (dict(q=K[..., :4]), "q.shape"),
+    (dict(q=K.astype(np.int32)), "q.dtype=int32"),
+    (dict(cos=ANGLE), "cos and sin"),
+    (dict(cos=ANGLE, sin=ANGLE[:2]), "sin.shape"),
+    (dict(cos=ANGLE[:, :2], sin=ANGLE), "cos.shape"),
+    (dict(q_norm=np.ones(4)), "q_norm.shape"),
+    (dict(k_norm=np.ones(8, int)), "k_norm.dtype"),
+    (dict(k=K[:2]), "k.shape"),
+    (dict(slots=SLOTS[:, None]), "slots"),
+    (dict(layer=2), "layer=2"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_PREPARATIONS)
+def test_errors_before_writing(arguments, message):
+    sizes = dict(layers=2, num_pages=2, kv_heads=2, page_size=4, head_dim=8)
+    good = dict(pages=init_pages(PageFormat("paired", 8), **sizes), q=K, k=K, v=K, slots=SLOTS)
+    with pytest.raises(ValueError, match=f"^Expected .*{message}"):
+        write_qkv(**{**good, **arguments})
