@@ -405,7 +405,7 @@ def _attend_split(
 
     # --- The loop over blocks of tokens ---------------------------------------------------------
 
-    def attend_block(block, carry):
+    def attend_block(block, carry, masked=True):
         running_max, total, shift, spread, *acc = carry
         token = block * block_tokens + jnp.arange(block_tokens)
         if page_size % block_tokens == 0:  # the block lies in one page
@@ -455,10 +455,11 @@ def _attend_split(
             scores = arithmetic.dot(keys, q_pieces[0]) * factor
         if soft_cap is not None:
             scores = soft_cap * LOG2_E * jnp.tanh(scores)
-        visible = token[:, None] <= last[None, :]
-        if window is not None:
-            visible &= token[:, None] > (position - window)[None, :]
-        scores = jnp.where(visible, scores, MASKED)
+        if masked:
+            visible = token[:, None] <= last[None, :]
+            if window is not None:
+                visible &= token[:, None] > (position - window)[None, :]
+            scores = jnp.where(visible, scores, MASKED)
 
         # Above MASKED, so that what is masked weighs nothing.
         block_max = jnp.maximum(jnp.max(scores, axis=0), MASKED / 2)
@@ -494,7 +495,8 @@ def _attend_split(
         else:
             weights = weights.astype(jnp.bfloat16)
             values = lax.bitcast_convert_type(values, jnp.bfloat16)
-            values = jnp.where((token < length)[None, :], values, 0)
+            if masked:
+                values = jnp.where((token < length)[None, :], values, 0)
             products = [arithmetic.dot(values, weights)]
         acc = [
             multiply_add(y, growth[None, :], x * decay[None, :], gpu)
@@ -517,6 +519,13 @@ def _attend_split(
 
     low = jnp.maximum(low, begin // block_tokens)
     high = jnp.minimum(high, pl.cdiv(end, block_tokens))
+    if not quantized and window is None:
+        # The mask of bfloat16 values costs more than a loop of its own for the last block.
+        full = length - real_queries + first_query + 1 if causal else length
+        middle = jnp.clip(full // block_tokens, low, jnp.maximum(low, high))
+        unmasked = functools.partial(attend_block, masked=False)
+        carry = lax.fori_loop(low, middle, unmasked, carry)
+        low = middle
     carry = lax.fori_loop(low, high, attend_block, carry)
     running_max, *totals = carry
     total, shift, spread = (jnp.sum(x, axis=0) for x in totals[:3])
