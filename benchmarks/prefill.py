@@ -2,13 +2,16 @@
 
     python -m benchmarks.prefill --json benchmarks/results/h200/prefill.json
 
-A chunk of new tokens attends to itself and to the history before it, causally.
+A chunk of new tokens attends to itself and to the history before it, causally. cuDNN knows no such
+mask by name: it reads one as an array, but where there is no history. `unmasked` is cuDNN without
+any mask, which sees the chunk's future too: what it can do at its best.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,17 @@ from rich.table import Table
 
 from benchmarks.decode_attention import formats, paged_chain, random_pages
 from benchmarks.timing import time_chain
-from pallas_kernels.triton.attention import Blocks
+from pallas_kernels.triton import prefill
 from saw_int4_jax.results import describe_device, write_results
 
+PEERS = ("cudnn", "unmasked")
+SHAPES = [f"{chunk}x{history}" for chunk in (256, 512, 2048) for history in (0, 4096, 16384)]
 
-def cudnn_chain(*, chunk: int, context: int, q_heads: int, kv_heads: int, head_dim: int) -> tuple:
-    """What `time_chain` takes: bottom-right causal attention, as a mask that cuDNN knows."""
+
+def cudnn_chain(
+    *, chunk: int, context: int, q_heads: int, kv_heads: int, head_dim: int, masked: bool = True
+) -> tuple:
+    """What `time_chain` takes."""
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (1, chunk, q_heads, head_dim), jnp.bfloat16)
     k, v = (
@@ -30,46 +38,56 @@ def cudnn_chain(*, chunk: int, context: int, q_heads: int, kv_heads: int, head_d
     )
 
     def step(i, q, data):
-        # The queries stand at the end of the keys: as many rows of padding stand before them.
-        visible = jnp.arange(context) <= context - chunk + jnp.arange(chunk)[:, None]
-        return jax.nn.dot_product_attention(q, *data, mask=visible, implementation="cudnn")
+        options = {}
+        if masked and chunk == context:
+            options = dict(is_causal=True)
+        elif masked:
+            visible = jnp.arange(context) <= context - chunk + jnp.arange(chunk)[:, None]
+            options = dict(mask=visible)
+        return jax.nn.dot_product_attention(q, *data, implementation="cudnn", **options)
 
     return step, q, (k, v)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--chunk", type=int, default=2048)
-    arguments.add_argument("--history", type=int, nargs="+", default=[0, 16384])
+    arguments.add_argument("--shapes", nargs="+", default=SHAPES, metavar="CHUNKxHISTORY")
     arguments.add_argument("--q-heads", type=int, default=32)
     arguments.add_argument("--kv-heads", type=int, default=8)
     arguments.add_argument("--head-dim", type=int, default=128)
     arguments.add_argument("--page-size", type=int, default=64)
-    arguments.add_argument("--methods", nargs="+", default=["cudnn", "bf16", "int4", "bdr"])
+    arguments.add_argument("--methods", nargs="+", default=[*PEERS, "bf16", "int4", "bdr"])
     arguments.add_argument(
-        "--blocks", type=int, nargs=4, metavar="N", help="tokens, rows, warps, stages"
+        "--blocks",
+        type=int,
+        nargs=6,
+        metavar="N",
+        help="rows, tokens, programs, most splits, warps, stages",
     )
     arguments.add_argument("--runs", type=int, default=10)
     arguments.add_argument("--json", metavar="FILE")
+    arguments.add_argument("--plot", metavar="FILE", help="a picture of time over history")
     arguments = arguments.parse_args()
     heads = dict(kv_heads=arguments.kv_heads, head_dim=arguments.head_dim)
-    blocks = None
-    if arguments.blocks:
-        block_tokens, block_rows, num_warps, num_stages = arguments.blocks
-        blocks = Blocks(block_tokens, block_rows, 1, 1, num_warps, num_stages)
+    blocks = prefill.Blocks(*arguments.blocks) if arguments.blocks else None
 
     rows = []
     table = Table("chunk", "history", "method", "µs", "TFLOP/s", "over cuDNN")
     table.title = f"prefill, {describe_device()}"
-    for history in arguments.history:
-        context = history + arguments.chunk
-        pairs = arguments.chunk * (history + (arguments.chunk + 1) / 2)
+    for shape in arguments.shapes:
+        chunk, history = map(int, shape.split("x"))
+        context = history + chunk
+        pairs = chunk * (history + (chunk + 1) / 2)
         flops = 4 * pairs * arguments.q_heads * arguments.head_dim
         peer = None
         for method in arguments.methods:
-            if method == "cudnn":
+            if method in PEERS:
                 chain = cudnn_chain(
-                    chunk=arguments.chunk, context=context, q_heads=arguments.q_heads, **heads
+                    chunk=chunk,
+                    context=context,
+                    q_heads=arguments.q_heads,
+                    masked=method == "cudnn",
+                    **heads,
                 )
             else:
                 pages, page_table = random_pages(
@@ -84,7 +102,7 @@ def main() -> None:
                     page_table,
                     jnp.array([context], jnp.int32),
                     q_heads=arguments.q_heads,
-                    queries=arguments.chunk,
+                    queries=chunk,
                     blocks=blocks,
                 )
             figures = time_chain(*chain, length=8, runs=arguments.runs)
@@ -92,11 +110,11 @@ def main() -> None:
             rows.append(
                 {
                     "op": "prefill",
-                    "implementation": "cudnn" if method == "cudnn" else "triton",
-                    "method": "bf16" if method == "cudnn" else method,
-                    "peer": method == "cudnn",
+                    "implementation": method if method in PEERS else "triton",
+                    "method": "bf16" if method in PEERS else method,
+                    "peer": method in PEERS,
                     "batch": 1,
-                    "tokens": arguments.chunk,
+                    "tokens": chunk,
                     "context": context,
                     "q_heads": arguments.q_heads,
                     **heads,
@@ -107,7 +125,7 @@ def main() -> None:
                 }
             )
             table.add_row(
-                f"{arguments.chunk:,}",
+                f"{chunk:,}",
                 f"{history:,}",
                 method,
                 f"{figures['median_us']:.0f}",
@@ -117,6 +135,34 @@ def main() -> None:
     Console().print(table)
     if arguments.json:
         write_results(arguments.json, rows)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+def plot(rows: list[dict], path: str | pathlib.Path) -> None:
+    """Draws time over history, a panel for each chunk; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    names = {"cudnn": "cuDNN, dense BF16", "unmasked": "cuDNN, no mask"}
+    chunks = sorted({row["tokens"] for row in rows})
+    figure = Figure(figsize=(4.5 * len(chunks), 4), layout="constrained")
+    for axes, chunk in zip(figure.subplots(1, len(chunks), squeeze=False)[0], chunks, strict=True):
+        here = [row for row in rows if row["tokens"] == chunk]
+        for name in dict.fromkeys((row["implementation"], row["method"]) for row in here):
+            line = [row for row in here if (row["implementation"], row["method"]) == name]
+            line.sort(key=lambda row: row["context"])
+            axes.plot(
+                [row["context"] - chunk for row in line],
+                [row["median_us"] / 1e3 for row in line],
+                "--" if line[0]["peer"] else "-",
+                marker="o",
+                label=names.get(name[0], f"{name[1].upper()} pages"),
+            )
+        axes.set(title=f"{chunk:,} new tokens", xlabel="tokens of history", ylabel="ms")
+        axes.set(ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ kernels run interpreted.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ from jaxtyping import Array, Float, Int8, Int32, UInt16, UInt32
 from pallas_kernels import page_format
 
 _UPPER_HALF = np.uint32(0xFFFF0000)
+
+# Finite, so that a row with nothing visible yet has exp2(0) to multiply, not exp2(nan).
+MASKED = -1e30
+LOG2_E = math.log2(math.e)
 
 
 def padded(width: int, least: int = 16) -> int:
@@ -71,6 +76,71 @@ def _four_bytes(instruction: str, x: Any, constraints: str) -> Int8[Array, "*s"]
         constraints=constraints,
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int8)],
+    )
+    return out
+
+
+# What `dequantize` multiplies codes with must be a float16 after a factor of 2**24.
+LARGEST_STEP = 2**9
+
+
+def dequantize(
+    words: UInt16[Array, "n w"],
+    step: Float[Array, "n 1"],
+    minimum: Float[Array, "n 1"],
+    gpu: bool,
+) -> list[Float[Array, "n w"]]:
+    """Words → four float16 arrays that hold `code * step + minimum`, rounded once.
+
+    The bits of a code, alone in a float16, are a subnormal number: code * 2**-24, or code * 2**-20
+    if they are a nibble further up.
+
+    Args:
+      words: four codes each.
+      step: float32, below 2 / LARGEST_STEP.
+      minimum: float32, below float16's largest.
+      gpu: by machine instructions.
+    """
+    low, high, minimum = (
+        jnp.broadcast_to(x.astype(jnp.float16), words.shape)
+        for x in (step * 2.0**24, step * 2.0**20, minimum)
+    )
+    if not gpu:
+        codes = [((words >> (4 * i)) & 0xF).astype(jnp.float32) for i in range(4)]
+        offset = minimum.astype(jnp.float32)
+        step = low.astype(jnp.float32) * 2.0**-24
+        return [(x * step + offset).astype(jnp.float16) for x in codes]
+    out = []
+    for i in range(4):
+        shift = "mov.b32 t, $1;" if i < 2 else "shr.b32 t, $1, 8;"
+        mask = "0x00F000F0" if i % 2 else "0x000F000F"
+        out.append(
+            _pairs(
+                f".reg .b32 t; {shift} and.b32 t, t, {mask}; fma.rn.f16x2 $0, t, $2, $3;",
+                words,
+                high if i % 2 else low,
+                minimum,
+            )
+        )
+    return out
+
+
+def side_by_side(pieces: list[Float[Array, "n w"]]) -> Float[Array, "n 4*w"]:
+    """Four pieces as one array. No number changes its thread."""
+    halves = [jnp.stack(pieces[:2], axis=-1), jnp.stack(pieces[2:], axis=-1)]
+    joined = jnp.stack(halves, axis=-1).transpose(0, 3, 2, 1)
+    return joined.reshape(len(joined), -1)
+
+
+def _pairs(instructions: str, *args: Any) -> Float[Array, "*s"]:
+    """Applies instructions from `$1` … to `$0`, two 16-bit elements at a time."""
+    result = jax.ShapeDtypeStruct(args[0].shape, jnp.float16)
+    [out] = plt.elementwise_inline_asm(
+        f"{{ {instructions} }}",
+        args=args,
+        constraints="=r" + ",r" * len(args),
+        pack=2,
+        result_shape_dtypes=[result],
     )
     return out
 
@@ -148,6 +218,16 @@ def signs(order: int, head_dim: int, dtype, least: int = 16) -> np.ndarray:
     return np.pad(matrix, ((0, 0), (0, 0), padding, padding)).round().astype(dtype)
 
 
+def signs_side_by_side(order: int, head_dim: int, dtype) -> np.ndarray:
+    """The one ±1 matrix for the channels of all four pieces side by side, padded with zeros."""
+    width, size = head_dim // 4, padded(head_dim // 4)
+    unscaled = page_format.hadamard(order) * np.sqrt(order)
+    matrix = np.kron(np.eye(head_dim // order), unscaled).reshape(4, width, 4, width)
+    padding = (0, size - width)
+    matrix = np.pad(matrix, ((0, 0), padding, (0, 0), padding))
+    return matrix.reshape(4 * size, 4 * size).round().astype(dtype)
+
+
 def rotate(
     pieces: list[Float[Array, "a b"]], signs: Any, *, order: int, width: int, axis: int
 ) -> list[Float[Array, "a b"]]:
@@ -206,6 +286,14 @@ def _overlap(i: int, j: int, width: int, order: int) -> bool:
         return {c // order for c in range(piece * width, (piece + 1) * width)}
 
     return bool(blocks(i) & blocks(j))
+
+
+def power_of_two_below(x: Float[Array, "*s"]) -> Float[Array, ""]:
+    """The largest power of two not above the largest finite |x|; 1 for zero and subnormals."""
+    x = jnp.abs(x)
+    largest = jnp.max(jnp.where(x < jnp.inf, x, 0))
+    exponent = lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
+    return jnp.where(exponent == 0, 1.0, lax.bitcast_convert_type(exponent, jnp.float32))
 
 
 # --- Instructions that the compiler does not choose by itself ---------------------------------

@@ -34,12 +34,16 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tuning
 from pallas_kernels.page_format import Pages
-from pallas_kernels.triton import arithmetic
-from pallas_kernels.triton.arithmetic import LARGEST_LIMBS, exp2, multiply_add, padded
+from pallas_kernels.triton import arithmetic, prefill
+from pallas_kernels.triton.arithmetic import (
+    LARGEST_LIMBS,
+    LOG2_E,
+    MASKED,
+    exp2,
+    multiply_add,
+    padded,
+)
 
-# Finite, so that a row with nothing visible yet has exp2(0) to multiply, not exp2(nan).
-MASKED = -1e30
-LOG2_E = math.log2(math.e)
 # How many bytes the matrix unit sums at a time.
 LEAST = 32
 # Sums over tokens are kept as so many partial ones, which lie in different threads.
@@ -94,18 +98,35 @@ def paged_attention(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, "H"] | None,
-    blocks: Blocks | None = None,
+    blocks: Blocks | prefill.Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """See `pallas_kernels.paged_attention`. Beyond its arguments:
 
-    `blocks` says how to cut the work; `None` is the device's default for this shape.
+    `blocks` says how to cut the work, and which kernel does it: this file's or `prefill`'s; `None`
+    is the device's default for this shape.
     `interpret` runs it as plain `jnp` on any device.
     """
     batch, queries, heads, head_dim = q.shape
     group = heads // pages.kv_heads
     if blocks is None:
         blocks = default_blocks(pages, queries * group)
+    if isinstance(blocks, prefill.Blocks):
+        return prefill.prefill_attention(
+            q,
+            pages,
+            page_table,
+            lengths,
+            layer=layer,
+            query_lengths=query_lengths,
+            causal=causal,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            blocks=blocks,
+            interpret=interpret,
+        )
     # A block of queries is a whole number of tokens, each with all heads of the group.
     rows = max(
         8 if pages.scales is None else 4,
@@ -187,12 +208,12 @@ def paged_attention(
     return _join_splits(out, means, log_totals, split, chunk, interpret)
 
 
-def default_blocks(pages: Pages, rows: int) -> Blocks:
+def default_blocks(pages: Pages, rows: int) -> Blocks | prefill.Blocks:
     """The device's own for so many query rows of a sequence and KV head."""
-    decode = "decode_attention_bf16" if pages.scales is None else "decode_attention"
-    blocks = Blocks(**tuning.blocks(decode))
+    bf16 = "_bf16" if pages.scales is None else ""
+    blocks = Blocks(**tuning.blocks("decode_attention" + bf16))
     if rows > blocks.rows:
-        blocks = Blocks(**tuning.blocks("prefill_attention"))
+        return prefill.default_blocks(pages)
     # The accumulator grows with the head dim: so must the registers.
     return dataclasses.replace(blocks, num_warps=blocks.num_warps * pl.cdiv(pages.head_dim, 128))
 
@@ -381,9 +402,10 @@ def _attend_split(
         q_pieces = [load_query(i, twice) for i in range(pieces)]
         rotate = functools.partial(arithmetic.rotate, signs=signs, order=order, width=width, axis=1)
         if q.dtype == jnp.float32:  # by way of float16, within a power of two of 1
-            magnitude = _power_of_two_below(arithmetic.largest_magnitude(q_pieces))[:, None]
+            magnitudes = [arithmetic.power_of_two_below(x) for x in q_pieces]
+            magnitude = functools.reduce(jnp.maximum, magnitudes)
             q_pieces = rotate([(x * (1 / magnitude)).astype(jnp.float16) for x in q_pieces])
-            q_pieces = [x * magnitude for x in q_pieces]
+            factor *= magnitude
         else:
             q_pieces = rotate(q_pieces)
         factor *= order**-0.5
@@ -558,12 +580,6 @@ def _attend_split(
         pair = jnp.arange(2)
         is_first = jnp.broadcast_to((part == 0) & (head_block == 0), pair.shape)
         plt.store(partial[2].at[batch, pair], jnp.where(pair == 0, slot, splits), mask=is_first)
-
-
-def _power_of_two_below(x: Float[Array, "n"]) -> Float[Array, "n"]:
-    """The largest power of two not above a positive x; 1 for zero and subnormals."""
-    exponent = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
-    return jnp.where(exponent == 0, 1.0, lax.bitcast_convert_type(exponent, jnp.float32))
 
 
 # --- Joining the splits -------------------------------------------------------------------------

@@ -13,8 +13,8 @@ def blocks(op: str, device_kind: str | None = None) -> dict[str, int]:
     """The block sizes of an operation on a device.
 
     Args:
-      op: a key of the files: `decode_attention`, `decode_attention_bf16`,
-        `prefill_attention`, `write_kv`.
+      op: a key of the files: `decode_attention` and `prefill_attention`, each
+        also with `_bf16`, and `write_kv`.
       device_kind: as `jax.Device.device_kind` says, such as "NVIDIA H200"; `None`: the default
         device's.
     """

@@ -56,6 +56,10 @@ device_description_str: "NVIDIA H200"
 """
 
 
+# Bytes that may be spilled: prefill fills the registers, and what it spills is used once.
+SPILLS = {"prefill": 600, "prefill bf16": 600}
+
+
 def compile_for(topology, f, *args):
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
@@ -137,6 +141,10 @@ def main() -> None:
         "decode head_dim 96": lambda: compile_attention(
             topology, PageFormat("split", 32), queries=1, head_dim=96
         ),
+        "prefill": lambda: compile_attention(topology, bdr, queries=300, head_dim=128),
+        "prefill bf16": lambda: compile_attention(
+            topology, PageFormat("bf16"), queries=300, head_dim=128
+        ),
         "write": lambda: compile_write(topology, bdr),
         "write values rotated": lambda: compile_write(topology, PageFormat("split", 128, True)),
     }
@@ -163,9 +171,9 @@ def main() -> None:
         compile_it()
         spilled = spilled_bytes()
         print(f"{name}: {'unknown' if spilled is None else spilled} bytes spilled", flush=True)
-        if spilled:
+        if spilled and spilled > SPILLS.get(name, 0):
             failures.append(name)
-    sys.exit(f"Expected no spills, got some in {failures}" if failures else 0)
+    sys.exit(f"Expected fewer spills in {failures}" if failures else 0)
 
 
 if __name__ == "__main__":

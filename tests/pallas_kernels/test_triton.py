@@ -383,7 +383,6 @@ def test_every_tuning_file_has_every_operation():
         sizes = json.loads(path.read_text())
         attention.Blocks(**sizes["decode_attention"])
         attention.Blocks(**sizes["decode_attention_bf16"])
-        attention.Blocks(**sizes["prefill_attention"])
         write.Blocks(**sizes["write_kv"])
 
 
