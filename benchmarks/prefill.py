@@ -132,9 +132,9 @@ def main() -> None:
                 f"{flops / figures['median_us'] / 1e6:.0f}",
                 f"{figures['median_us'] / peer:.2f}" if peer else "",
             )
+        if arguments.json:  # after each shape: an interruption costs one
+            write_results(arguments.json, rows)
     Console().print(table)
-    if arguments.json:
-        write_results(arguments.json, rows)
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -1,7 +1,7 @@
-"""Writes the README's tables from the committed results files.
+"""Writes the tables of README.md and docs/ from the committed results files.
 
-    python benchmarks/tables.py           # rewrite README.md
-    python benchmarks/tables.py --check   # exit 1 if it would change
+    python benchmarks/tables.py           # rewrite the pages
+    python benchmarks/tables.py --check   # exit 1 if one would change, and name it
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
 """
@@ -21,6 +21,28 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {"bf16": "BF16", "int4": "INT4", "bdr": "BDR"}
 TPU_FOLDERS = ("tpu_v5e", "tpu_v6e", "tpu7x")
+
+
+def summary() -> str:
+    """What a stranger wants to know: size, quality and time of the three caches."""
+    rows = [["bits a value (head dimension 128)", "16", "4.25", "4.25"]]
+    scores = {(r["outlier_scale"], r["method"]): r for r in load("cpu/demo.json")["rows"]}
+    for scale, keys in ((1, "as trained"), (16, "one key channel pair 16 times larger")):
+        kl = [scores[scale, method]["kl"] for method in METHODS]
+        rows.append([f"KL to BF16, bundled 6 M model, {keys}", *(f"{x:.4f}" for x in kl)])
+    files = ["cpu/demo.json", "h200/decode_attention.json", "h200/write_kv.json"]
+    attention, writing = (load(name)["rows"] for name in files[1:])
+    here = dict(batch=32, context=8192, q_heads=32, kv_heads=8, head_dim=128, ragged=False)
+    rows.append(
+        ["decode attention, H200, 32 sequences of 8k tokens, µs"]
+        + [f"{fastest(attention, method=m, peer=False, **here):.0f}" for m in METHODS]
+    )
+    rows.append(
+        ["writing 2048 tokens to one layer, H200, µs"]
+        + [f"{fastest(writing, method=m, tokens=2048, rotate_v=False):.1f}" for m in METHODS]
+    )
+    raw = ", ".join(f"[{name}](benchmarks/results/{name})" for name in files)
+    return markdown(["", *METHODS.values()], rows) + f"\nFrom {raw}.\n"
 
 
 def demo() -> str:
@@ -361,6 +383,7 @@ def accuracy_words() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "demo": demo,
     "decode_attention": decode_attention,
     "write_kv": write_kv,
@@ -374,6 +397,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_words": accuracy_words,
     "accuracy_stories": accuracy_stories,
 }
+
+
+def fastest(rows: Sequence[dict], **having: object) -> float:
+    """The least median of the rows that have these values, in µs."""
+    return min(r["median_us"] for r in rows if all(r[key] == x for key, x in having.items()))
 
 
 def load(name: str) -> dict:
@@ -393,25 +421,33 @@ def caption(results: dict, name: str) -> str:
     )
 
 
-def render(text: str) -> str:
-    """README text with every table made anew."""
+def pages() -> list[pathlib.Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(page: pathlib.Path) -> str:
+    """A page's text with every table made anew."""
+    up = "../" * len(page.relative_to(ROOT).parents[:-1])
 
     def table(match: re.Match) -> str:
-        return f"{match[1]}\n{TABLES[match[2]]()}{match[3]}"
+        text = TABLES[match[2]]().replace("](benchmarks/", f"]({up}benchmarks/")
+        return f"{match[1]}\n{text}{match[3]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
+    marked = r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)"
+    return re.sub(marked, table, page.read_text(), flags=re.DOTALL)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     check = arguments.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if check:
-        sys.exit(0 if new == old else "README.md is stale: run python benchmarks/tables.py")
-    readme.write_text(new)
+    stale = {page: text for page in pages() if (text := render(page)) != page.read_text()}
+    if check and stale:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"Stale: {names}. Run python benchmarks/tables.py")
+    for page, text in stale.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
