@@ -394,7 +394,7 @@ def _attend_split(
         index = q.at[batch, query[:, None], head[:, None], channel[None, :]]
         return plt.load(index, mask=real[:, None] & inside[None, :], other=0)
 
-    factor = scale * LOG2_E if soft_cap is None else scale / soft_cap
+    factor: Any = scale * LOG2_E if soft_cap is None else scale / soft_cap
     if quantized:
         # Each row twice, for the two bytes of its numbers, and at least the 16 rows that a matrix
         # product takes.
