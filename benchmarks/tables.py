@@ -121,14 +121,15 @@ def decode_attention() -> str:
     cells: dict[tuple[int, int], dict[str, dict]] = {}
     for row in results["rows"]:
         key = (row["batch"], row["context"])
-        cells.setdefault(key, {})["peer" if row["peer"] else row["method"]] = row
+        name = row["implementation"] if row["peer"] else row["method"]
+        cells.setdefault(key, {})[name] = row
     rows = [
         [
             str(batch),
             f"{context:,}",
-            *(f"{shape[name]['median_us']:.1f}" for name in ("peer", *METHODS)),
+            *(f"{shape[name]['median_us']:.1f}" for name in ("cudnn", *METHODS)),
             f"{shape['bdr']['fraction_of_ceiling']:.0%}",
-            f"{shape['peer']['median_us'] / shape['bdr']['median_us']:.1f}x",
+            f"{shape['cudnn']['median_us'] / shape['bdr']['median_us']:.1f}x",
         ]
         for (batch, context), shape in cells.items()
     ]

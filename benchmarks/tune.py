@@ -23,9 +23,9 @@ from saw_int4_jax.results import describe_device, write_results
 
 DECODE = [
     attention.Blocks(block_tokens, 8, programs, 64, num_warps, num_stages)
-    for block_tokens, num_warps in [(32, 1), (64, 1), (64, 2), (128, 2), (128, 4)]
+    for block_tokens, num_warps in [(32, 1), (64, 1), (128, 2)]
     for num_stages in (3, 5, 7)
-    for programs in (512, 1024, 1536)
+    for programs in (528, 1056, 1584)
 ]
 WRITE = [
     write.Blocks(block_tokens, num_warps)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, UInt16, UInt32
+from jaxtyping import Array, Float, Int8, Int32, UInt16, UInt32
 
 from pallas_kernels import page_format
 
@@ -31,58 +31,52 @@ MASKED = -1e30
 LOG2_E = math.log2(math.e)
 
 
-def padded(width: int) -> int:
-    """The power of two, at least 16, that holds `width`."""
-    return max(16, 1 << (width - 1).bit_length())
+def padded(width: int, least: int = 16) -> int:
+    """The power of two, at least `least`, that holds `width`."""
+    return max(least, 1 << (width - 1).bit_length())
 
 
 def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """Matrix product accumulated in float32; float32 operands are not shortened."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+    out = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jnp.dot(a, b, precision=precision, preferred_element_type=out)
 
 
 # --- Codes ----------------------------------------------------------------------------------
 
-# In float16, 0x6400 | n is 1024 + n and 0x6400 | n << 4 is 1024 + 16 n: one `lop3` for the two
-# codes of a pair of words, and a shift for every second nibble only.
-OFFSET = 1024
-FACTORS = (1, 16, 1, 16)
-_OR_MAGIC = "lop3.b32 {to}, {word}, {mask}, 0x64006400, 0xEA;"
-# 1 / FACTORS and 8 - OFFSET / FACTORS, as pairs of float16.
-_CENTRE = "fma.rn.f16x2 $0, r, {factor}, {offset};"
+# Four codes to a register: the matrix unit takes bytes, and integers are exact.
 
 
-def codes_with_offset(words: UInt16[Array, "*s"], gpu: bool) -> list[Float[Array, "*s"]]:
-    """Words → four float16 arrays that hold `OFFSET + FACTORS[i] * code`."""
-    if gpu:
-        return [_pairs(_extract(i, "$0"), words) for i in range(4)]
-    return [_magic(words, i) for i in range(4)]
+def codes_as_bytes(words: UInt16[Array, "*s"], gpu: bool) -> list[Int8[Array, "*s"]]:
+    """Words → four int8 arrays, one for each nibble: code, 16 * (code - 8), and so again.
 
-
-def codes_centred(words: UInt16[Array, "*s"], gpu: bool) -> list[Float[Array, "*s"]]:
-    """Words → four float16 arrays that hold `code - 8`.
-
-    Without an offset, because the matrix unit truncates: an offset that grows with the number of
-    tokens accumulated would eat the digits of the sum.
+    A `prmt` brings together a half of four words, a `lop3` each takes its two nibbles: the lower is
+    a number as it stands, the upper is one of two's complement with its highest bit turned.
     """
     if not gpu:
-        halves = [_magic(words, i) - np.float16(OFFSET) for i in range(4)]
-        return [x * np.float16(1 / f) - np.float16(8) for x, f in zip(halves, FACTORS, strict=True)]
-    subtract = "add.rn.f16x2 $0, r, o;", "0xE408E408"  # -1032
-    multiply_add = "fma.rn.f16x2 $0, r, f, o;", "0xD480D480"  # 1 / 16, -72
+        halves = [(words >> jnp.uint16(shift)).astype(jnp.uint8) for shift in (0, 8)]
+        codes = [(x & jnp.uint8(0xF), (x & jnp.uint8(0xF0)) ^ jnp.uint8(0x80)) for x in halves]
+        return [lax.bitcast_convert_type(x, jnp.int8) for pair in codes for x in pair]
     out = []
-    for i in range(4):
-        operation, offset = multiply_add if i % 2 else subtract
-        out.append(
-            _pairs(
-                ".reg .b32 r, f, o; "
-                + _extract(i, "r")
-                + f" mov.b32 f, 0x2C002C00; mov.b32 o, {offset}; "
-                + operation,
-                words,
-            )
-        )
+    for selected in ("0x6420", "0x7531"):
+        half = _four_bytes(f"prmt.b32 $0, $1, $2, {selected};", words, "=r,r,r")
+        out += [
+            _four_bytes("and.b32 $0, $1, 0x0F0F0F0F;", half, "=r,r"),
+            _four_bytes("lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;", half, "=r,r"),
+        ]
+    return out
+
+
+def _four_bytes(instruction: str, x: Any, constraints: str) -> Int8[Array, "*s"]:
+    """Applies an instruction to four elements at a time."""
+    [out] = plt.elementwise_inline_asm(
+        instruction,
+        args=[x],
+        constraints=constraints,
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int8)],
+    )
     return out
 
 
@@ -138,14 +132,6 @@ def side_by_side(pieces: list[Float[Array, "n w"]]) -> Float[Array, "n 4*w"]:
     return joined.reshape(len(joined), -1)
 
 
-def _extract(i: int, to: str) -> str:
-    """Instructions that put nibble i of both words of `$1`, under the magic bits, into `to`."""
-    mask = "0x00F000F0" if i % 2 else "0x000F000F"
-    if i < 2:
-        return _OR_MAGIC.format(to=to, word="$1", mask=mask)
-    return ".reg .b32 t; shr.b32 t, $1, 8; " + _OR_MAGIC.format(to=to, word="t", mask=mask)
-
-
 def _pairs(instructions: str, *args: Any) -> Float[Array, "*s"]:
     """Applies instructions from `$1` … to `$0`, two 16-bit elements at a time."""
     result = jax.ShapeDtypeStruct(args[0].shape, jnp.float16)
@@ -159,11 +145,45 @@ def _pairs(instructions: str, *args: Any) -> Float[Array, "*s"]:
     return out
 
 
-def _magic(words: UInt16[Array, "*s"], i: int) -> Float[Array, "*s"]:
-    if i >= 2:
-        words = words >> jnp.uint16(8)
-    mask = jnp.uint16(0xF0 if i % 2 else 0xF)
-    return lax.bitcast_convert_type((words & mask) | jnp.uint16(0x6400), jnp.float16)
+# --- Numbers as two bytes ---------------------------------------------------------------------
+
+# x = low + 256 * high, both int8. Added to `_ROUND`, a number's integer stands in its lowest bits.
+LARGEST_LIMBS = 127 * 256
+_ROUND = 1.5 * 2.0**23
+
+
+def limb(x: Float[Array, "m n"], which: Int32[Array, "m n"]) -> Int8[Array, "m n"]:
+    """The low byte (`which` = 0) or the high one of x, rounded, within ±LARGEST_LIMBS."""
+    return _limb(x + (_ROUND + 128), which)
+
+
+def limbs(x: Float[Array, "m n"], factor: Float[Array, "m 1"], gpu: bool) -> Int8[Array, "m 2*n"]:
+    """Both bytes of x * factor, side by side: column 2 i + `which` is a byte of column i."""
+    x = multiply_add(x, factor, jnp.float32(_ROUND + 128), gpu)
+    x = jnp.broadcast_to(x[:, :, None], (*x.shape, 2))
+    return _limb(x, jnp.arange(2)[None, None, :]).reshape(len(x), -1)
+
+
+def _limb(x: Float[Array, "*s"], which: Int32[Array, "*s"]) -> Int8[Array, "*s"]:
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    high = jnp.broadcast_to(which == 1, bits.shape)
+    return jnp.where(high, bits >> 8, bits ^ 128).astype(jnp.int8)
+
+
+def join_limbs(x: Int32[Array, "m 2*n"]) -> Float[Array, "m n"]:
+    """What was multiplied with both bytes of a number, put together."""
+    x = x.reshape(len(x), -1, 2)
+    high = jnp.broadcast_to((jnp.arange(2) == 1)[None, None, :], x.shape)
+    return jnp.sum(jnp.where(high, x * 256, x), axis=2).astype(jnp.float32)
+
+
+def largest_magnitude(xs: list[Float[Array, "m n"]]) -> Float[Array, "m"]:
+    """Over axis 1 of all. NaN counts: compared as integers, where a float `max` passes over it."""
+    bits = [jnp.max(lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=1) for x in xs]
+    return lax.bitcast_convert_type(functools.reduce(jnp.maximum, bits), jnp.float32)
+
+
+# --- Scales -----------------------------------------------------------------------------------
 
 
 def split_scales(
@@ -177,8 +197,10 @@ def split_scales(
 # --- Rotation -------------------------------------------------------------------------------
 
 
-def signs(order: int, head_dim: int, dtype) -> np.ndarray:
+def signs(order: int, head_dim: int, dtype, least: int = 16) -> np.ndarray:
     """The ±1 matrices that `rotate` multiplies with, `[n, n, size, size]` padded with zeros.
+
+    `size` is `padded(head_dim // 4, least)`.
 
     A Sylvester Hadamard matrix is a Kronecker product. Where blocks of `order` channels lie within
     pieces, or pieces within blocks, one matrix serves all pieces (n = 1) and what lies across
@@ -192,7 +214,7 @@ def signs(order: int, head_dim: int, dtype) -> np.ndarray:
     unscaled = page_format.hadamard(inner) * np.sqrt(inner)
     matrix = np.kron(np.eye(count * width // inner), unscaled)
     matrix = matrix.reshape(count, width, count, width).swapaxes(1, 2)
-    padding = (0, padded(width) - width)
+    padding = (0, padded(width, least) - width)
     return np.pad(matrix, ((0, 0), (0, 0), padding, padding)).round().astype(dtype)
 
 
@@ -223,7 +245,7 @@ def rotate(
     """
     if order == 1:
         return [x.astype(jnp.float32) for x in pieces]
-    index = jnp.arange(padded(width))
+    index = jnp.arange(pieces[0].shape[axis])
 
     def load(i: int, j: int) -> Float[Array, "size size"]:
         matrix = plt.load(signs.at[i, j, index[:, None], index[None, :]])
@@ -337,6 +359,7 @@ def multiply_add(a, b, c, gpu: bool) -> Float[Array, "*s"]:
     """a * b + c in float32, rounded once on a GPU."""
     if not gpu:
         return a * b + c
+    a, b, c = map(jnp.float32, (a, b, c))
     shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
     return _float32("fma.rn.f32 $0, $1, $2, $3;", *(jnp.broadcast_to(x, shape) for x in (a, b, c)))
 

@@ -112,7 +112,7 @@ def test_attention_equals_the_oracle(mode, case):
 @pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
 @pytest.mark.parametrize("programs", [1, 64])
 @pytest.mark.parametrize(
-    ("block_tokens", "page_size"), [(16, 64), (64, 16), pytest.param(32, 24, id="24 per page")]
+    ("block_tokens", "page_size"), [(32, 64), (64, 16), pytest.param(32, 24, id="24 per page")]
 )
 def test_block_sizes_do_not_show(mode, programs, block_tokens, page_size):
     case = cases.AttentionCase("blocks", "split", page_size=page_size, lengths=(0, 150, 33))
@@ -143,6 +143,44 @@ def test_long_context_in_one_split_keeps_its_digits(mode):
     minimum = (-7.5 * scale).astype(jnp.bfloat16).view(np.uint16)
     problem.words = (problem.words & 0xFFFF) | minimum.astype(np.uint32) << 16
     assert_close(attend(problem, mode, attention.Blocks(64, 16, 1, 1, 1, 2)), problem, 1e-3)
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize(
+    "lengths", [(0, 0, 900, 0), (900, 33, 1, 64), (0,)], ids=["one long", "ragged", "none"]
+)
+def test_uneven_batches(mode, lengths):
+    case = cases.AttentionCase("uneven", "split", lengths=lengths, kv_heads=1, page_size=32)
+    problem = Problem(case)
+    blocks = attention.Blocks(32, 8, 6, 64, 1, 2)
+    assert_close(attend(problem, mode, blocks), problem)
+
+
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+def test_nan_query_spoils_its_own_row_only(mode):
+    problem = Problem(cases.AttentionCase("nan_query", "split", lengths=(20, 20)))
+    problem.q = problem.q.at[0, 0, 1, 7].set(np.nan)
+    out = attend(problem, mode)
+    assert np.isnan(out[0, 0, 1]).all()
+    assert np.isfinite(np.delete(out, 1, axis=2)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(16, 8), (40, 8), (64, 8), (32, 32), (8, 1)])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_heads_of_real_models(q_heads, kv_heads, head_dim):
+    case = cases.AttentionCase(
+        "heads",
+        "split",
+        order=head_dim & -head_dim,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=64,
+        lengths=(700, 64, 0, 1, 333),
+    )
+    problem = Problem(case)
+    assert_close(attend(problem, "compiled"), problem)
 
 
 @pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
@@ -201,6 +239,39 @@ def test_large_problem_equals_xla(method, queries):
     actual = attend(problem, "compiled")
     expected = problem.attend(implementation="xla")
     assert relative_error(actual, expected) < BF16_TOLERANCE
+
+
+# --- The work, cut ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "slots"),
+    [
+        ((0,), 8),
+        ((0, 500, 0, 0), 132),
+        ((512,), 132),
+        ((128, 13) * 16, 132),
+        ((129,) * 32, 132),
+        ((16,) * 256, 320),
+        ((6, 1, 0), 4),
+        ((87, 1, 0, 1), 9),
+    ],
+)
+def test_every_block_is_one_slots(blocks, slots):
+    batch = len(blocks)
+    padded = np.pad(blocks, (0, attention._power_of_two(batch) - batch))
+    share = functools.partial(attention.share, batch=batch, slots=slots, max_splits=256)
+    owner, first, size = map(
+        np.asarray, jax.vmap(share, in_axes=(0, None))(jnp.arange(slots), jnp.array(padded))
+    )
+    assert (size == size[0]).all()
+    splits = np.asarray(attention.count_splits(jnp.array(blocks), size[0], 256))
+    used = np.repeat(np.arange(batch), splits)
+    assert len(used) <= slots
+    np.testing.assert_array_equal(owner[: len(used)], used)
+    assert (owner[len(used) :] == batch).all()
+    np.testing.assert_array_equal(first[: len(used)], (np.cumsum(splits) - splits)[used])
+    assert max(-(-b // s) for b, s in zip(blocks, splits, strict=True)) <= size[0]
 
 
 # --- Writing --------------------------------------------------------------------------------
