@@ -23,7 +23,7 @@ from saw_int4_jax.generate import FINISH_REASONS
 from saw_int4_jax.models import Model, load_model
 from saw_int4_jax.models.llama import Llama
 from saw_int4_jax.results import describe_device, write_results
-from saw_int4_jax.rotation import fold_values
+from saw_int4_jax.rotation import balance_keys, fold_values
 from saw_int4_jax.serving import command as serve
 
 
@@ -157,9 +157,10 @@ def run_generate(arguments: argparse.Namespace) -> None:
     with progress_bar("loading"):
         model = load_model(arguments.model, dtype=arguments.dtype or default_dtype())
     spec = model.config.cache_spec(1, **options)  # raises for an order that does not fit
+    params = balance_keys(model.params, model.config)
     if arguments.rotate_v:
-        params = fold_values(model.params, model.config, spec.format.order)
-        model = dataclasses.replace(model, params=params)
+        params = fold_values(params, model.config, spec.format.order)
+    model = dataclasses.replace(model, params=params)
     row = continue_prompt(model, spec, prompt, arguments, pool_tokens=arguments.pool_tokens)
     if arguments.json:
         write_results(arguments.json, [row])

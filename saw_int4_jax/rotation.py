@@ -112,6 +112,45 @@ def scale_keys(params: Params, config: LlamaConfig, factors: Float[Array, "L K D
     return _map_attention(params, scaled)
 
 
+def balance_keys(params: Params, config: LlamaConfig) -> Params:
+    """Makes the channels of queries and keys about equally large, from the weights alone.
+
+    Where a key channel is large because its queries are small, most of an outlier is a matter of
+    units: scaling the RoPE pair by (E[q²] / E[k²])^(1/4) minimizes the error of scores from steps
+    that grow with the key's length (the diagonal of `methods.calibrated`, without its text). The
+    squares are those of normalized inputs that are alike in all directions; factors are rounded
+    to powers of two, so that the parameters lose no bit and the logits stay what they were.
+
+    Args:
+      params: of `Llama(config)`.
+      config: the model's.
+    """
+
+    def squares(layer: Params, name: str) -> Float[Array, "K D/2"]:
+        """The mean square of each RoPE pair, over the heads that share a factor."""
+        attention = layer["self_attn"]
+        if config.qk_norm:
+            x = jnp.square(attention[f"{name}_norm"]["scale"].astype(jnp.float32))
+            x = jnp.broadcast_to(x, (config.num_kv_heads, config.head_dim))
+        else:
+            projection, gain = attention[f"{name}_proj"], layer["input_layernorm"]["scale"]
+            kernel = projection["kernel"].astype(jnp.float32) * gain[:, None]
+            x = jnp.square(kernel).sum(0)
+            if "bias" in projection:
+                x += jnp.square(projection["bias"].astype(jnp.float32))
+            x = x.reshape(config.num_kv_heads, -1, config.head_dim).mean(1)
+        return x.reshape(-1, 2, config.head_dim // 2).mean(1)
+
+    factors = []
+    for index in range(config.num_layers):
+        layer = params[f"layers_{index}"]
+        q, k = squares(layer, "q"), squares(layer, "k")
+        usable = (q > 0) & (k > 0)
+        power = jnp.where(usable, jnp.log2(jnp.where(usable, q / k, 1)) / 4, 0)
+        factors.append(jnp.exp2(jnp.round(jnp.clip(power, -16, 16))))
+    return scale_keys(params, config, jnp.stack(factors))
+
+
 def scale_values(params: Params, config: LlamaConfig, factors: Float[Array, "L K D"]) -> Params:
     """Multiplies channels of values by factors and divides the output projection's rows by them.
 

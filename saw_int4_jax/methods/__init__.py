@@ -14,7 +14,8 @@ from saw_int4_jax.methods.method import LayerSample, Method
 __all__ = ["LayerSample", "Method", "default_methods", "make_method"]
 
 NAMES = (
-    "bf16, int8, int4, int4-fp32, bdr, bdr-N, bdr-kv, bdr-N-kv, bdr-fp32, bdr-konly, signed, "
+    "bf16, int8, int4, int4-fp32, bdr, bdr-N, bdr-kv, bdr-N-kv, bdr-fp32, bdr-konly, balanced, "
+    "balanced-kv, signed, "
     "kivi, window, kmeans, kmeans-bdr, vq, vq-bdr, hessian, hessian-bdr, gptq, gptq-bdr, "
     "centered, centered-bdr, covariance"
 )
@@ -51,6 +52,8 @@ def make_method(name: str, head_dim: int) -> Method:
             if order < 1 or order & (order - 1) or head_dim % order:
                 raise ValueError(f"Expected {order=} to be a power of two dividing {head_dim=}")
             return integer.bdr(name, order, rest == ["kv"])
+        case ["balanced", *rest] if rest in ([], ["kv"]):
+            return integer.balanced(name, largest, rest == ["kv"])
         case ["signed"]:
             return integer.signed(name, largest)
         case ["kivi"]:
@@ -94,6 +97,8 @@ def default_methods(head_dim: int) -> list[str]:
         "bdr",
         *(f"bdr-{n}-kv" for n in orders),
         "bdr-kv",
+        "balanced",
+        "balanced-kv",
         "signed",
         "int4-fp32",
         "bdr-fp32",

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.page_format import floor_to_bf16, rotate
 from saw_int4_jax.methods.method import Method, Quantizer, through_the_cache, unchanged
-from saw_int4_jax.rotation import scale_keys
+from saw_int4_jax.rotation import balance_keys, scale_keys
 
 
 def grid(
@@ -123,4 +123,16 @@ def signed(name: str, order: int) -> Method:
         through_the_cache(dict(order=order)),
         fold=fold,
         random=True,
+    )
+
+
+def balanced(name: str, order: int, rotate_v: bool) -> Method:
+    """Queries and keys brought to one size by powers of two, from the weights, then BDR."""
+    which = "K and V" if rotate_v else "K"
+    return Method(
+        name,
+        f"channels balanced from the weights, then {which} rotated by {order}",
+        token_wise_bits(),
+        through_the_cache(dict(order=order, rotate_v=rotate_v)),
+        fold=lambda params, config, samples, key: balance_keys(params, config),
     )

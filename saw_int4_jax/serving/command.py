@@ -16,7 +16,7 @@ from saw_int4_jax.cache import init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS, REFERENCE_MODEL
 from saw_int4_jax.models import Model, load_model
 from saw_int4_jax.models.llama import one_layer_forward
-from saw_int4_jax.rotation import fold_values
+from saw_int4_jax.rotation import balance_keys, fold_values
 from saw_int4_jax.serving.engine import Engine
 
 API_KEY = "SAW_INT4_API_KEY"
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = pathlib.Path(arguments.model or REFERENCE_MODEL)
     on_cpu = jax.default_backend() == "cpu"
     model = load_model(path, arguments.dtype or ("float32" if on_cpu else "bfloat16"))
+    model = dataclasses.replace(model, params=balance_keys(model.params, model.config))
     template = load_chat_template(path) if path.is_dir() else None
     engine = make_engine(model, arguments)
     served = Served(

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.page_format import read
 from saw_int4_jax import Rope, extend, init_cache
 from saw_int4_jax.models import Llama, LlamaConfig
-from saw_int4_jax.rotation import fold_values, scale_key_channels
+from saw_int4_jax.rotation import balance_keys, fold_values, scale_key_channels
 from tests import checkpoints
 
 CONFIGS = {
@@ -86,11 +86,33 @@ def test_scaling_keys_keeps_the_function_and_makes_an_outlier(config):
     np.testing.assert_allclose(scaled_keys, keys * channel, rtol=0.02, atol=0.02)
 
 
+@every_config
+def test_balancing_keeps_every_bit_of_the_function_and_undoes_an_outlier(config):
+    params = checkpoints.random_params(config)
+    params = scale_key_channels(params, config, 5, 32)
+    scaled = scale_key_channels(params, config, 3, 16)
+    balanced, again = balance_keys(params, config), balance_keys(scaled, config)
+    np.testing.assert_array_equal(float_logits(config, balanced), float_logits(config, params))
+    keys, balanced_keys = (cached(config, p, dtype="bf16")[1][0] for p in (params, balanced))
+    assert np.abs(keys).max() > 8 * np.abs(balanced_keys).max()
+    jax.tree.map(np.testing.assert_array_equal, again, balanced)
+
+
+def test_balancing_leaves_channels_that_are_zero():
+    config = CONFIGS["plain"]
+    params = jax.tree.map(jnp.zeros_like, checkpoints.random_params(config))
+    jax.tree.map(np.testing.assert_array_equal, balance_keys(params, config), params)
+
+
 def test_parameters_keep_their_dtype_and_are_not_changed_in_place():
     config = CONFIGS["bias"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), checkpoints.random_params(config))
     before = jax.tree.map(np.array, params)
-    for new in (fold_values(params, config, 16), scale_key_channels(params, config, 0, 8)):
+    for new in (
+        fold_values(params, config, 16),
+        scale_key_channels(params, config, 0, 8),
+        balance_keys(params, config),
+    ):
         assert jax.tree.structure(new) == jax.tree.structure(params)
         assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(jnp.bfloat16)}
     jax.tree.map(np.testing.assert_array_equal, params, before)
