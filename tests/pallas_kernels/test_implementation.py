@@ -23,7 +23,8 @@ def operands(layout, page_size=128):
         ("gpu", "bf16", 64, "triton"),
         ("gpu", "paired", 64, "xla"),
         ("tpu", "paired", 128, "mosaic_tpu"),
-        ("tpu", "paired", 64, "xla"),
+        ("tpu", "paired", 64, "mosaic_tpu"),
+        ("tpu", "paired", 96, "xla"),
         ("tpu", "split", 128, "xla"),
     ],
 )
