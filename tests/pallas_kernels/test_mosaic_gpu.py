@@ -101,8 +101,13 @@ def test_attention_equals_the_oracle(mode, case):
     assert not actual[problem.lengths == 0].any()
 
 
-@pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("mode", "head_dim"),
+    [
+        pytest.param(INTERPRETED, 128, marks=pytest.mark.slow),
+        *(pytest.param("compiled", head_dim, marks=pytest.mark.gpu) for head_dim in (64, 128, 256)),
+    ],
+)
 @pytest.mark.parametrize(("block_tokens", "page_size"), [(64, 128), (128, 64), (192, 64)])
 @pytest.mark.parametrize("programs", [1, 64])
 def test_block_sizes_of_prefill_do_not_show(mode, head_dim, block_tokens, page_size, programs):

@@ -245,6 +245,7 @@ def check_processes(address, count, index, folder=None, local_devices=None):
     print(f"process {index} of {count}, {jax.local_devices()}: the tokens of one")
 
 
+@pytest.mark.slow
 def test_two_processes_generate_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
