@@ -1,4 +1,4 @@
-"""Joins what the splits of a context made of it: a launch of its own, for decode and prefill."""
+"""Joins what the splits of a context made of it: a launch of its own, after prefill."""
 
 from __future__ import annotations
 
