@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.page_format import largest_order, rotate
 from saw_int4_jax import cache as paged
-from saw_int4_jax.evaluate import windows
+from saw_int4_jax.evaluate import compare_logits, windows
 from saw_int4_jax.generate import Forward, generate
 from saw_int4_jax.methods import LayerSample, Method, default_methods, dense, make_method
 from saw_int4_jax.methods.dense import DenseCache
@@ -36,6 +36,7 @@ from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.rotation import scale_key_channels
 
 Row = dict[str, Any]
+_Reference = Callable[[int], Float[Array, "B T vocab"]]  # the BF16 logits of a batch, by its row
 
 # Room in a dense cache is a multiple of this, so that groups of tokens are whole.
 _GRAIN = 128
@@ -154,20 +155,6 @@ def one_by_one(
         return cache, logits[:, 0]
 
     return lax.scan(body, cache, tokens.T)[1].swapaxes(0, 1)
-
-
-@jax.jit
-def compare_logits(
-    logits: Float[Array, "B T vocab"],
-    reference: Float[Array, "B T vocab"],
-    targets: Int[Array, "B T"],
-) -> Float[Array, "4 B T"]:
-    """For each token: nats, KL from the reference, whether the top agrees, whether it is right."""
-    log_p, log_r = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
-    nats = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    kl = (jnp.exp(log_r) * (log_r - log_p)).sum(-1)
-    top = log_p.argmax(-1)
-    return jnp.stack([nats, kl, top == log_r.argmax(-1), top == targets])
 
 
 # --- What is measured -------------------------------------------------------------------------
@@ -332,19 +319,18 @@ def compare(
         rows = max(1, calibration_tokens // length)
         samples = dense.layer_samples(config, params, material.calibration[:rows, :-1])
     bf16 = prepare(make_method("bf16", config.head_dim), config, params, [])
-    reference = _Reference(bf16, material, batch)
+    kept = None if 4 * material.text.size * config.vocab_size <= _KEPT_LOGITS else 0
+
+    @functools.lru_cache(maxsize=kept)
+    def reference(row: int) -> Float[Array, "B T vocab"]:
+        return _logits(bf16, _batch(material.text, row, batch)[:, :-1])
 
     def measure(method: Method) -> list[Row]:
-        runs = [
-            _measure(
-                prepare(method, config, params, samples, seed),
-                material,
-                reference,
-                batch,
-                decode_tokens,
-            )
+        variants = (
+            prepare(method, config, params, samples, seed)
             for seed in range(seeds if method.random else 1)
-        ]
+        )
+        runs = [_measure(x, material, reference, batch, decode_tokens) for x in variants]
         tokens = len(samples[0].q) if method.uses_text else 0
         return _rows(method, config, material, runs, calibration_tokens=tokens)
 
@@ -423,23 +409,6 @@ def evaluate_model(
     yield found
 
 
-class _Reference:
-    """The BF16 cache's logits by batch of text, kept where they fit."""
-
-    def __init__(self, bf16: Prepared, material: Material, batch: int):
-        self._bf16, self._text, self._batch = bf16, material.text, batch
-        size = 4 * material.text.size * bf16.config.vocab_size
-        self._kept: dict[int, Array] | None = {} if size <= _KEPT_LOGITS else None
-
-    def __call__(self, row: int) -> Float[Array, "B T vocab"]:
-        if self._kept is not None and row in self._kept:
-            return self._kept[row]
-        logits = _logits(self._bf16, _batch(self._text, row, self._batch)[:, :-1])
-        if self._kept is not None:
-            self._kept[row] = logits
-        return logits
-
-
 def _batch(text: np.ndarray, row: int, batch: int) -> np.ndarray:
     """`batch` windows from a row on, the last repeated at the end."""
     return text[np.minimum(np.arange(row, row + batch), len(text) - 1)]
@@ -450,6 +419,19 @@ def _logits(prepared: Prepared, tokens: np.ndarray) -> Float[Array, "B T vocab"]
     cache = prepared.open(batch, length)
     counts = np.full(batch, length, np.int32)
     return advance(prepared.forward, prepared.variables, tokens, counts, cache)[0]
+
+
+def _figures(
+    prepared: Prepared, text: np.ndarray, batch: int, reference: _Reference | None = None
+) -> Float[np.ndarray, "4 N T"]:
+    """What `compare_logits` says of each token; without a reference, of the logits themselves."""
+    parts = []
+    for row in range(0, len(text), batch):
+        tokens = _batch(text, row, batch)
+        logits = _logits(prepared, tokens[:, :-1])
+        figures = compare_logits(logits, reference(row) if reference else logits, tokens[:, 1:])
+        parts.append(np.asarray(figures)[:, : len(text) - row])
+    return np.concatenate(parts, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,26 +452,10 @@ def _measure(
     prepared: Prepared, material: Material, reference: _Reference, batch: int, decode_tokens: int
 ) -> _Run:
     text = material.text
-    parts = []
-    for row in range(0, len(text), batch):
-        tokens = _batch(text, row, batch)
-        logits = _logits(prepared, tokens[:, :-1])
-        figures = compare_logits(logits, reference(row), tokens[:, 1:])
-        parts.append(np.asarray(figures)[:, : len(text) - row])
-    nats, kl, agree, _ = np.concatenate(parts, axis=1)
-
-    def right(rows: np.ndarray) -> np.ndarray:
-        """Whether each token is the likeliest."""
-        found = []
-        for row in range(0, len(rows), batch):
-            tokens = _batch(rows, row, batch)
-            logits = _logits(prepared, tokens[:, :-1])
-            hits = compare_logits(logits, logits, tokens[:, 1:])[3]
-            found.append(np.asarray(hits)[: len(rows) - row])
-        return np.concatenate(found)
-
-    recalled = right(material.needles)[:, -min(NEEDLE, text.shape[1] // 4) + CUE :]
-    continued = right(material.greedy)[:, text.shape[1] // 2 - 1 :]
+    nats, kl, agree, _ = _figures(prepared, text, batch, reference)
+    recalled = _figures(prepared, material.needles, batch)[3]
+    recalled = recalled[:, -min(NEEDLE, text.shape[1] // 4) + CUE :]
+    continued = _figures(prepared, material.greedy, batch)[3, :, text.shape[1] // 2 - 1 :]
     diverged = np.where(continued.all(1), continued.shape[1], continued.argmin(1))
 
     decode_kl = math.nan, math.nan
@@ -500,16 +466,8 @@ def _measure(
         figures = compare_logits(logits, reference(0)[:, :decode_tokens], tokens[:, 1:])
         real = min(batch, len(text))
         decode_kl = float(figures[1, :real].mean()), float(kl[:real, :decode_tokens].mean())
-    return _Run(
-        nats,
-        kl,
-        agree,
-        recalled,
-        diverged,
-        attention_error(prepared, text[:1, :-1]),
-        decode_kl,
-        prepared.seconds,
-    )
+    error = attention_error(prepared, text[:1, :-1])
+    return _Run(nats, kl, agree, recalled, diverged, error, decode_kl, prepared.seconds)
 
 
 def attention_error(prepared: Prepared, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "L"]:
@@ -519,12 +477,7 @@ def attention_error(prepared: Prepared, tokens: Int[np.ndarray, "B T"]) -> Float
     """
     config = prepared.config
     layers = dense.observe(config, prepared.params, tokens)
-    outputs = jnp.stack(
-        [
-            dense.output_projection(config, prepared.params, layer)
-            for layer in range(config.num_layers)
-        ]
-    )
+    outputs = [dense.output_projection(config, prepared.params, i) for i in range(len(layers[0]))]
     return np.asarray(_attention_error(config, layers, outputs, prepared.open(*tokens.shape)))
 
 
@@ -596,21 +549,18 @@ def _rows(
         "calibration_s": min(run.seconds for run in runs) if calibration_tokens else 0.0,
         "kl_windows": [float(f"{x:.4g}") for x in by_window],
     }
-    by_context = []
-    end = context
-    while end >= 64:
-        part = slice(end // 2, end)
-        by_context.append(
-            {
-                "op": "accuracy_by_context",
-                "method": method.name,
-                "context": end,
-                "kl": kl[:, part].mean(),
-                "perplexity": math.exp(nats[:, part].mean()),
-                "top1": mean("agree")[:, part].mean(),
-            }
-        )
-        end //= 2
+    halves = [context >> i for i in range(context.bit_length()) if context >> i >= 64]
+    by_context = [
+        {
+            "op": "accuracy_by_context",
+            "method": method.name,
+            "context": end,
+            "kl": kl[:, end // 2 : end].mean(),
+            "perplexity": math.exp(nats[:, end // 2 : end].mean()),
+            "top1": mean("agree")[:, end // 2 : end].mean(),
+        }
+        for end in halves
+    ]
     errors = [
         {"op": "attention_error", "method": method.name, "layer": layer, "attention_error": error}
         for layer, error in enumerate(mean("attention_error"))

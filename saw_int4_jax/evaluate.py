@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from saw_int4_jax.cache import Cache, CacheSpec, extend, init_cache
 from saw_int4_jax.generate import Forward
 
+__all__ = ["Score", "evaluate", "windows"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -79,18 +81,17 @@ def _logits(
 
 
 @jax.jit
-def _compare(
+def compare_logits(
     logits: Float[Array, "B T vocab"],
     reference: Float[Array, "B T vocab"],
     targets: Int[Array, "B T"],
-    real: Bool[Array, "B"],
-) -> Float[Array, "3"]:
-    """Sums over the real rows of negative log-likelihood, KL from the reference, agreement."""
+) -> Float[Array, "4 B T"]:
+    """For each token: nats, KL from the reference, whether the top agrees, whether it is right."""
     log_p, log_r = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
     nats = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     kl = (jnp.exp(log_r) * (log_r - log_p)).sum(-1)
-    agree = log_p.argmax(-1) == log_r.argmax(-1)
-    return jnp.stack([jnp.where(real[:, None], x, 0).sum() for x in (nats, kl, agree)])
+    top = log_p.argmax(-1)
+    return jnp.stack([nats, kl, top == log_r.argmax(-1), top == targets])
 
 
 def evaluate(
@@ -138,7 +139,8 @@ def evaluate(
             for i, cache in enumerate(caches):
                 logits, caches[i] = _logits(forward, variables, tokens[:, :-1], real, cache)
                 reference = logits if reference is None else reference
-                sums[i] += np.asarray(_compare(logits, reference, tokens[:, 1:], real))
+                figures = np.asarray(compare_logits(logits, reference, tokens[:, 1:]))
+                sums[i] += figures[:3, real].sum((1, 2), np.float64)
             done += int(real.sum()) * chunk
             if progress is not None:
                 progress(done, total)

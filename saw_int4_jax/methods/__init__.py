@@ -20,6 +20,15 @@ NAMES = (
     "centered, centered-bdr, covariance"
 )
 
+# Those that read text first, each without rotation and, as `-bdr`, with it.
+CALIBRATED = {
+    "kmeans": vector.kmeans,
+    "vq": vector.vq,
+    "hessian": calibrated.diagonal,
+    "gptq": calibrated.gptq,
+    "centered": calibrated.centered,
+}
+
 
 @functools.cache
 def make_method(name: str, head_dim: int) -> Method:
@@ -60,28 +69,10 @@ def make_method(name: str, head_dim: int) -> Method:
             return windowed.kivi()
         case ["window"]:
             return windowed.sink_window(name, largest)
-        case ["kmeans"]:
-            return vector.kmeans(name, 1)
-        case ["kmeans", "bdr"]:
-            return vector.kmeans(name, largest)
-        case ["vq"]:
-            return vector.vq(name, 1)
-        case ["vq", "bdr"]:
-            return vector.vq(name, largest)
-        case ["hessian"]:
-            return calibrated.diagonal(name, 1)
-        case ["hessian", "bdr"]:
-            return calibrated.diagonal(name, largest)
-        case ["gptq"]:
-            return calibrated.gptq(name, 1)
-        case ["gptq", "bdr"]:
-            return calibrated.gptq(name, largest)
-        case ["centered"]:
-            return calibrated.centered(name, 1)
-        case ["centered", "bdr"]:
-            return calibrated.centered(name, largest)
         case ["covariance"]:
             return calibrated.covariance_rotation(name)
+        case [family, *rest] if family in CALIBRATED and rest in ([], ["bdr"]):
+            return CALIBRATED[family](name, largest if rest else 1)
     raise ValueError(f"Expected method {name!r} to be one of {NAMES}")
 
 

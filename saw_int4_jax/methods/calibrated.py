@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.page_format import largest_order, rotate
-from saw_int4_jax.methods.integer import grid, quantize_dequantize, token_wise_bits
-from saw_int4_jax.methods.method import LayerSample, Method, through_the_cache
+from saw_int4_jax.methods.integer import grid, paged, quantize_dequantize, token_wise_bits
+from saw_int4_jax.methods.method import LayerSample, Method
 from saw_int4_jax.rotation import scale_keys, scale_values
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
@@ -65,15 +65,9 @@ def diagonal(name: str, order: int) -> Method:
         params = scale_keys(params, config, jnp.stack(keys))
         return scale_values(params, config, jnp.stack(values))
 
-    return Method(
-        name,
-        "channels scaled by the optimal diagonal, then "
-        + (f"BDR {order}" if order > 1 else "INT4"),
-        token_wise_bits(),
-        through_the_cache(dict(order=order)),
-        fold=fold,
-        uses_text=True,
-    )
+    about = "channels scaled by the optimal diagonal, then "
+    about += f"BDR {order}" if order > 1 else "INT4"
+    return paged(name, about, order, fold=fold, uses_text=True)
 
 
 def _balance(h: Array, square: Array) -> Array:
@@ -183,7 +177,7 @@ def covariance_rotation(name: str) -> Method:
 # --- The mean subtracted -------------------------------------------------------------------------
 
 
-def centered(name: str, order: int, value_order: int = 1) -> Method:
+def centered(name: str, order: int) -> Method:
     """The calibration mean of each channel subtracted before quantization.
 
     A constant in all keys adds the same to all scores of a query, and so nothing to the softmax;
@@ -202,11 +196,10 @@ def centered(name: str, order: int, value_order: int = 1) -> Method:
     return Method(
         name,
         "mean of calibration keys and values subtracted, then "
-        + (f"BDR {order}" if order > 1 else "INT4")
-        + (" of K and V" if value_order > 1 else ""),
+        + (f"BDR {order}" if order > 1 else "INT4"),
         token_wise_bits(),
         keys=lambda x, mean: around(x, mean, order),
-        values=lambda x, mean: around(x, mean, value_order),
+        values=lambda x, mean: around(x, mean, 1),
         calibrate=calibrate,
         uses_text=True,
     )

@@ -8,6 +8,7 @@ before it make it a randomized Hadamard transform (QuIP#, arXiv 2402.04396; QuaR
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +67,40 @@ def bf16() -> Method:
     return Method("bf16", "not quantized", lambda *_: 16.0, through_the_cache(dict(dtype="bf16")))
 
 
+def paged(name: str, about: str, order: int, rotate_v: bool = False, **more: Any) -> Method:
+    """INT4 in the library's own cache; `more` is what else the `Method` says."""
+    cache = through_the_cache(dict(order=order, rotate_v=rotate_v))
+    return Method(name, about, token_wise_bits(), cache, **more)
+
+
 def int4() -> Method:
-    return Method("int4", "INT4", token_wise_bits(), through_the_cache(dict(order=1)))
+    return paged("int4", "INT4", 1)
 
 
 def bdr(name: str, order: int, rotate_v: bool) -> Method:
     which = "K and V" if rotate_v else "K"
-    return Method(
-        name,
-        f"INT4, {which} rotated by Hadamard blocks of {order}",
-        token_wise_bits(),
-        through_the_cache(dict(order=order, rotate_v=rotate_v)),
+    return paged(name, f"INT4, {which} rotated by Hadamard blocks of {order}", order, rotate_v)
+
+
+def balanced(name: str, order: int, rotate_v: bool) -> Method:
+    """Queries and keys brought to one size by powers of two, from the weights, then BDR."""
+    which = "K and V" if rotate_v else "K"
+    about = f"channels balanced from the weights, then {which} rotated by {order}"
+    return paged(
+        name, about, order, rotate_v, fold=lambda params, config, *_: balance_keys(params, config)
     )
+
+
+def signed(name: str, order: int) -> Method:
+    """Random signs before the rotation, folded into W_q and W_k: both of a RoPE pair alike."""
+
+    def fold(params, config, samples, key):
+        del samples
+        shape = config.num_layers, 1, config.head_dim // 2
+        signs = jax.random.rademacher(key, shape, dtype=jnp.float32)
+        return scale_keys(params, config, jnp.repeat(signs, config.num_kv_heads, axis=1))
+
+    return paged(name, f"BDR {order} with random signs before it", order, fold=fold, random=True)
 
 
 def int8() -> Method:
@@ -104,35 +127,4 @@ def int4_keys_only(name: str, order: int) -> Method:
         lambda kv_heads, head_dim, context: (20 + 32 / head_dim) / 2,
         keys=token_wise(order=order),
         values=unchanged,
-    )
-
-
-def signed(name: str, order: int) -> Method:
-    """Random signs before the rotation, folded into W_q and W_k: both of a RoPE pair alike."""
-
-    def fold(params, config, samples, key):
-        del samples
-        shape = config.num_layers, 1, config.head_dim // 2
-        signs = jax.random.rademacher(key, shape, dtype=jnp.float32)
-        return scale_keys(params, config, jnp.repeat(signs, config.num_kv_heads, axis=1))
-
-    return Method(
-        name,
-        f"BDR {order} with random signs before it",
-        token_wise_bits(),
-        through_the_cache(dict(order=order)),
-        fold=fold,
-        random=True,
-    )
-
-
-def balanced(name: str, order: int, rotate_v: bool) -> Method:
-    """Queries and keys brought to one size by powers of two, from the weights, then BDR."""
-    which = "K and V" if rotate_v else "K"
-    return Method(
-        name,
-        f"channels balanced from the weights, then {which} rotated by {order}",
-        token_wise_bits(),
-        through_the_cache(dict(order=order, rotate_v=rotate_v)),
-        fold=lambda params, config, samples, key: balance_keys(params, config),
     )

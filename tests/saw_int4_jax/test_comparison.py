@@ -8,6 +8,7 @@ import pytest
 
 from saw_int4_jax import comparison
 from saw_int4_jax.cli import main
+from saw_int4_jax.evaluate import compare_logits
 from saw_int4_jax.models.llama import LlamaConfig
 from tests.checkpoints import SIZES, config_json, random_params, tensors, write_hugging_face
 
@@ -104,7 +105,7 @@ def test_compared_logits_are_those_of_the_definitions():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 1, 3, 5))
     targets = np.array([[1, 2, 3]])
-    nats, kl, agree, right = comparison.compare_logits(*map(jnp.asarray, (a, b, targets)))
+    nats, kl, agree, right = compare_logits(*map(jnp.asarray, (a, b, targets)))
     p, r = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
     np.testing.assert_allclose(nats, -np.log(p[0, range(3), targets[0]])[None], rtol=1e-5)
     np.testing.assert_allclose(kl, (r * np.log(r / p)).sum(-1), rtol=1e-4)
