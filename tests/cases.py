@@ -255,3 +255,118 @@ PREFILL = [
     ),
     AttentionCase("chunk_bf16_queries", queries=4, lengths=(33, 4), dtype="bfloat16"),
 ]
+
+# What the lists above vary one at a time, varied together, for kernels that take seconds to
+# interpret: every two values of head dimension, `rotate_v`, dtype and heads meet in a case, and
+# so do every two of page size, lengths, window, soft cap, sinks, T, `query_lengths` and `causal`.
+_RAGGED, _LONG, _SHORT = (0, 1, 15, 16, 17, 64, 50), (200, 0, 129), (33, 1, 48)
+_COLUMNS = "head_dim order rotate_v dtype q_heads kv_heads page_size lengths window soft_cap sinks"
+_COLUMNS += " scale queries query_lengths causal"
+PAIRS = [
+    AttentionCase(f"pairs_{i}", "split", **dict(zip(_COLUMNS.split(), row, strict=False)))
+    for i, row in enumerate(
+        [
+            (64, 16, False, "bfloat16", 4, 4, 16, _RAGGED, 20, None, True),
+            (64, 16, True, "float32", 4, 2, 16, _LONG, 5, 2.0, True, 0.3),
+            (64, 16, False, "bfloat16", 5, 1, 32, _RAGGED, 5, None, False, 0.3),
+            (96, 32, True, "bfloat16", 4, 2, 128, _LONG, None, None, False),
+            (96, 32, False, "float32", 5, 1, 32, _SHORT, None, 2.0, True, 0.3),
+            (96, 32, False, "float32", 4, 4, 128, _RAGGED, 20, 2.0, True, 0.3),
+            (128, 128, True, "bfloat16", 5, 1, 16, _SHORT, 5, None, False),
+            (128, 128, False, "float32", 4, 2, 32, _LONG, 20, 2.0, False, 0.3),
+            (128, 128, False, "bfloat16", 4, 4, 16, _SHORT, 20, 2.0, False),
+            (256, 256, True, "float32", 4, 4, 128, _RAGGED, 5, 2.0, False),
+            (256, 256, False, "bfloat16", 4, 2, 128, _SHORT, 20, 2.0, True, 0.3),
+            (256, 256, False, "bfloat16", 5, 1, 16, _RAGGED, None, 2.0, True, 0.3),
+            (
+                64,
+                16,
+                False,
+                "float32",
+                4,
+                4,
+                64,
+                _RAGGED,
+                5,
+                2.0,
+                False,
+                None,
+                4,
+                (0, 1, 4, 2, 4, 3, 0),
+            ),
+            (64, 16, True, "bfloat16", 4, 2, 16, _LONG, 5, 2.0, True, 0.3, 7, (7, 0, 3)),
+            (64, 16, True, "bfloat16", 5, 1, 64, _LONG, None, 2.0, True, 0.3, 4, (1, 0, 4)),
+            (
+                96,
+                32,
+                True,
+                "bfloat16",
+                4,
+                4,
+                64,
+                _LONG,
+                None,
+                2.0,
+                True,
+                None,
+                16,
+                (5, 0, 16),
+                False,
+            ),
+            (96, 32, False, "float32", 4, 2, 16, _LONG, 5, None, False, 0.3, 16),
+            (96, 32, True, "bfloat16", 5, 1, 16, _LONG, 20, None, True, None, 4, (4, 0, 2)),
+            (128, 128, False, "bfloat16", 5, 1, 16, _LONG, 20, 2.0, False, 0.3, 7),
+            (128, 128, True, "float32", 4, 2, 16, _RAGGED, None, 2.0, True, None, 4, None, False),
+            (
+                128,
+                128,
+                False,
+                "bfloat16",
+                4,
+                4,
+                16,
+                _RAGGED,
+                None,
+                None,
+                False,
+                None,
+                16,
+                (0, 1, 9, 16, 2, 16, 0),
+            ),
+            (256, 256, True, "float32", 5, 1, 64, _RAGGED, 20, 2.0, True, None, 16),
+            (
+                256,
+                256,
+                False,
+                "bfloat16",
+                4,
+                2,
+                64,
+                _RAGGED,
+                None,
+                None,
+                False,
+                None,
+                7,
+                (0, 1, 7, 0, 2, 7, 5),
+                False,
+            ),
+            (256, 256, True, "bfloat16", 4, 4, 16, _RAGGED, None, 2.0, True, None, 4, None, False),
+        ]
+    )
+]
+
+ATTENTION = DECODE + PREFILL + PAIRS
+
+# What interpreters leave to the pairs.
+HELD_BY_PAIRS = {
+    *("paired", "paired_unrotated", "paired_full_order", "paired_values_rotated", "split"),
+    *("split_values_rotated", "bf16_queries", "mha", "mqa", "ragged", "empty_with_sinks", "scale"),
+    *("soft_cap", "sinks", "everything", "window_below_page", "window_above_page"),
+    *("window_above_length", "window_across_blocks", "head_dim_96", "head_dim_128"),
+    *("head_dim_128_split", "head_dim_256", "page_of_64", "page_of_128", "several_blocks"),
+    *("verify_4", "verify_4_split", "chunk_7", "chunk_16", "chunk_16_mha_sinks", "ragged_queries"),
+    *("ragged_queries_split", "not_causal", "not_causal_ragged", "window_below_chunk"),
+    *("window_above_chunk", "window_ragged", "chunk_window_across_blocks", "chunk_bf16_queries"),
+    *("chunk_everything",),
+}

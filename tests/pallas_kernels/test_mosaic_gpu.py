@@ -22,8 +22,8 @@ INTERPRETED = "interpreted"
 COMPILED = pytest.param("compiled", marks=pytest.mark.gpu)
 
 # Interpreted cases that show most for their few seconds each; the others are `slow`.
-QUICK = {"bf16", "everything", "head_dim_256", "chunk_everything"}
-QUICK_DECODE = {"ragged", "everything", "verify_4_split"}
+QUICK = {"bf16", "pairs_10"}
+QUICK_DECODE = {"pairs_1", "pairs_12"}
 
 # Small, so that an interpreter meets several programs, splits and turns of every ring.
 SMALL = {
@@ -35,25 +35,28 @@ SMALL = {
 def kernel_cases(all_cases):
     """Each case as the kernels take it: `split` for `paired`, larger pages, and for the decode
     kernel a head dim of 128."""
-    out = []
+    out, seen = [], set()
     for case in all_cases:
         layout = "split" if case.layout == "paired" else case.layout
         case = dataclasses.replace(case, layout=layout, page_size=max(64, case.page_size))
         if case.head_dim % 64 == 0:
-            out += marked(case, case.name, QUICK)
+            out += marked(case, case.name, QUICK, seen)
         rows = case.queries * case.q_heads // case.kv_heads
         if layout == "split" and rows <= decode.MAX_ROWS and case.head_dim != 128:
             case = dataclasses.replace(case, head_dim=128, order=min(case.order, 128))
-            out += marked(case, f"{case.name}_128", {f"{name}_128" for name in QUICK_DECODE})
+            out += marked(case, f"{case.name}_128", QUICK_DECODE, seen)
     return out
 
 
-def marked(case, name, quick):
-    marks = () if name in quick else pytest.mark.slow
-    return [
-        pytest.param(INTERPRETED, case, id=f"interpreted-{name}", marks=marks),
-        pytest.param("compiled", case, id=f"compiled-{name}", marks=pytest.mark.gpu),
-    ]
+def marked(case, name, quick, seen):
+    """A case compiled, and interpreted if neither the pairs hold it nor it was seen."""
+    compiled = pytest.param("compiled", case, id=f"compiled-{name}", marks=pytest.mark.gpu)
+    same = dataclasses.replace(case, name="")
+    if case.name in cases.HELD_BY_PAIRS or same in seen:
+        return [compiled]
+    seen.add(same)
+    marks = () if case.name in quick else pytest.mark.slow
+    return [compiled, pytest.param(INTERPRETED, case, id=f"interpreted-{name}", marks=marks)]
 
 
 def attend(problem, mode, blocks=None, kernel=None):
@@ -91,7 +94,7 @@ def assert_close(actual, problem, tolerance=None):
     assert relative_error(actual, problem.expected()) < tolerance
 
 
-@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.DECODE + cases.PREFILL))
+@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.ATTENTION))
 def test_attention_equals_the_oracle(mode, case):
     problem = Problem(case)
     actual = attend(problem, mode)
@@ -108,8 +111,9 @@ def test_attention_equals_the_oracle(mode, case):
         *(pytest.param("compiled", head_dim, marks=pytest.mark.gpu) for head_dim in (64, 128, 256)),
     ],
 )
-@pytest.mark.parametrize(("block_tokens", "page_size"), [(64, 128), (128, 64), (192, 64)])
-@pytest.mark.parametrize("programs", [1, 64])
+@pytest.mark.parametrize(
+    ("programs", "block_tokens", "page_size"), [(64, 64, 128), (1, 128, 64), (64, 192, 64)]
+)
 def test_block_sizes_of_prefill_do_not_show(mode, head_dim, block_tokens, page_size, programs):
     case = cases.AttentionCase(
         "blocks", "split", page_size=page_size, lengths=(0, 650, 33), head_dim=head_dim
@@ -120,8 +124,16 @@ def test_block_sizes_of_prefill_do_not_show(mode, head_dim, block_tokens, page_s
 
 
 @pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
-@pytest.mark.parametrize("page_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("blocks", [(1, 1, 3), (12, 1, 1), (528, 1, None)])
+@pytest.mark.parametrize(
+    ("page_size", "blocks"),
+    [
+        (32, (1, 1, 3)),
+        (32, (528, 1, None)),
+        (64, (12, 1, 1)),
+        (128, (1, 1, 3)),
+        (256, (528, 1, None)),
+    ],
+)
 def test_block_sizes_of_decode_do_not_show(mode, page_size, blocks):
     case = cases.AttentionCase(
         "blocks", "split", page_size=page_size, lengths=(0, 1350, 33), head_dim=128, order=128

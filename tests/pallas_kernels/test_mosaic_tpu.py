@@ -76,10 +76,7 @@ def check_write(case, interpret, kernel=write):
     test_write.assert_same_bytes(written, expected)
 
 
-ATTENTION = paired(cases.DECODE + cases.PREFILL)
-QUICK_ATTENTION = [
-    case for case in ATTENTION if case.name in ("ragged", "chunk_everything", "verify_4_bf16")
-]
+ATTENTION = paired(cases.ATTENTION)
 
 # Runs of tokens, as a prefill writes them: into whole tiles, ragged at both ends, over blocks of
 # the kernel and borders of pages; and more tokens than units in flight, several to a tile.
@@ -96,7 +93,15 @@ RUNS = [
     dataclasses.replace(RUN, name="scattered", slots=SCATTERED, kv_heads=2),
 ]
 WRITES = paired(cases.WRITES) + RUNS
-QUICK_WRITES = [case for case in WRITES if case.name in ("paired", "some_skipped", "two_runs")]
+QUICK = {"pairs_1", "pairs_13", "verify_4_bf16", "paired", "some_skipped", "two_runs"}
+
+
+def interpreted(all_cases):
+    """All but the quick ones are `slow`."""
+    return [
+        pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
+        for case in all_cases
+    ]
 
 
 @pytest.fixture
@@ -105,38 +110,24 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_TOKENS", 128)
 
 
-@pytest.mark.timeout(120)  # a copy into the wrong buffer is awaited forever
+@pytest.mark.timeout(300)  # a copy into the wrong buffer is awaited forever
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("case", QUICK_ATTENTION, ids=lambda case: case.name)
-def test_attention_interpreted_quick(case):
-    check_attention(case, INTERPRET)
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("case", QUICK_WRITES, ids=lambda case: case.name)
-def test_write_interpreted_quick(case):
-    check_write(case, INTERPRET)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", interpreted(x for x in ATTENTION if x.name not in cases.HELD_BY_PAIRS)
+)
 def test_attention_interpreted(case):
     check_attention(case, INTERPRET)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("case", WRITES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", interpreted(WRITES))
 def test_write_interpreted(case):
     check_write(case, INTERPRET)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("order", [1, 128])
-@pytest.mark.parametrize("chunk", [1, 5, 16])
+@pytest.mark.parametrize(("chunk", "order"), [(1, 128), (5, 1), (16, 128)])
 def test_tiles_of_queries(monkeypatch, order, chunk):
     """More queries than one tile takes; items that see nothing stand between others."""
     monkeypatch.setattr(attention, "BLOCK_TOKENS", 128)

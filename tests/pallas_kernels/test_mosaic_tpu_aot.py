@@ -113,30 +113,40 @@ def assert_no_copy_of_the_cache(compiled, pages):
     assert compiled.memory_analysis().temp_size_in_bytes < layer_bytes / 10
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("layout", ["paired", "bf16"])
-@pytest.mark.parametrize("queries", [1, 64])
+# Every chip with every layout; every number of tokens with each of both.
+@pytest.mark.parametrize(
+    ("chip", "layout", "queries"),
+    [
+        *zip(CHIPS, ["paired"] * 4, [1, 64, 1, 64], strict=True),
+        *zip(CHIPS, ["bf16"] * 4, [64, 1, 64, 1], strict=True),
+    ],
+)
 def test_attention_compiles(chip, layout, queries):
     pages = pages_of(layout)
     compiled = compile_attention(chip, pages, queries=queries)
     assert_no_copy_of_the_cache(compiled, pages)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("layout", ["paired", "bf16"])
-@pytest.mark.parametrize("n", [1, 64, 512])
+@pytest.mark.parametrize(
+    ("chip", "layout", "n"),
+    [
+        *zip(CHIPS, ["paired"] * 4, [1, 64, 512, 64], strict=True),
+        *zip(CHIPS, ["bf16"] * 4, [64, 512, 1, 512], strict=True),
+    ],
+)
 def test_write_compiles(chip, layout, n):
     pages = pages_of(layout)
     assert_in_place(compile_write(chip, pages, n), pages)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape):
+@pytest.mark.parametrize(
+    ("shape", "chip"), list(zip(SHAPES, ["v5e", "v6e"] * len(SHAPES), strict=False)), ids=str
+)
+def test_shapes(shape, chip):
     pages = pages_of(**shape)
     assert attention.pages_supported(pages) is None
-    for chip in ("v5e", "v6e"):
-        assert_no_copy_of_the_cache(compile_attention(chip, pages), pages)
-        assert_in_place(compile_write(chip, pages, 8), pages)
+    assert_no_copy_of_the_cache(compile_attention(chip, pages), pages)
+    assert_in_place(compile_write(chip, pages, 8), pages)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +213,16 @@ def decode_shapes(pages, batch=8, heads=32):
     return pages, q, token, token, integers, jax.ShapeDtypeStruct((batch, 64), jnp.int32), integers
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("shape", [{}, dict(head_dim=64), dict(layout="bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("chip", "shape"),
+    [
+        *((chip, {}) for chip in CHIPS),
+        ("v5e", dict(head_dim=64)),
+        ("v6e", dict(layout="bf16")),
+        ("tpu7x", dict(head_dim=64)),
+    ],
+    ids=str,
+)
 def test_scanned_layers_are_updated_in_place(chip, shape):
     pages = pages_of(**shape)
 

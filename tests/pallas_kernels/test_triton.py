@@ -18,6 +18,7 @@ from tests.pallas_kernels import test_write
 from tests.pallas_kernels.test_attention import LAYER, Problem
 
 INTERPRETED = "interpreted"
+SLOWLY_INTERPRETED = pytest.param(INTERPRETED, marks=pytest.mark.slow)
 COMPILED = pytest.param("compiled", marks=pytest.mark.gpu)
 
 # Weights and codes meet in float16; a bfloat16 cache's weights are bfloat16.
@@ -25,33 +26,23 @@ TOLERANCE = 5e-4
 BF16_TOLERANCE = 4e-3
 
 # Interpreted cases that take a second or two each; the others are `slow`.
-QUICK = {
-    "split",
-    "split_values_rotated",
-    "bf16",
-    "ragged",
-    "everything",
-    "head_dim_80",
-    "chunk_everything",
-    "not_causal_ragged",
-    "some_skipped",
-    "past_the_pool",
-    "bf16_skipped",
-    "head_dim_96_split",
-}
+QUICK = {"bf16", "pairs_1", "pairs_13", "some_skipped", "bf16_skipped", "head_dim_96_split"}
 
 
-def kernel_cases(all_cases):
-    """Each case interpreted and compiled, `paired` ones as `split`."""
-    out = []
+def kernel_cases(all_cases, only_compiled=cases.HELD_BY_PAIRS):
+    """Each case once, `paired` ones as `split`: compiled, and interpreted unless others do."""
+    out, seen = [], set()
     for case in all_cases:
         if case.layout == "paired":
             case = dataclasses.replace(case, layout="split")
-        marks = () if case.name in QUICK else pytest.mark.slow
-        out += [
-            pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks),
-            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu),
-        ]
+        out.append(
+            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu)
+        )
+        same = dataclasses.replace(case, name="")
+        if case.name not in only_compiled and same not in seen:
+            seen.add(same)
+            marks = () if case.name in QUICK else pytest.mark.slow
+            out.append(pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks))
     return out
 
 
@@ -96,7 +87,7 @@ def assert_close(actual, problem, tolerance=None):
 # --- Attention ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.DECODE + cases.PREFILL))
+@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.ATTENTION))
 def test_attention_equals_the_oracle(mode, case):
     problem = Problem(case)
     actual = attend(problem, mode)
@@ -106,10 +97,9 @@ def test_attention_equals_the_oracle(mode, case):
     assert not actual[problem.lengths == 0].any()
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
-@pytest.mark.parametrize("programs", [1, 64])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 @pytest.mark.parametrize(
-    ("block_tokens", "page_size"), [(32, 64), (64, 16), pytest.param(32, 24, id="24 per page")]
+    ("programs", "block_tokens", "page_size"), [(1, 32, 64), (64, 64, 16), (64, 32, 24)]
 )
 def test_block_sizes_do_not_show(mode, programs, block_tokens, page_size):
     case = cases.AttentionCase("blocks", "split", page_size=page_size, lengths=(0, 150, 33))
@@ -118,9 +108,10 @@ def test_block_sizes_do_not_show(mode, programs, block_tokens, page_size):
     assert_close(attend(problem, mode, blocks), problem)
 
 
-@pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
-@pytest.mark.parametrize("layout", ["split", "bf16"])
-@pytest.mark.parametrize("q_heads", [2, 5, 8, 16])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
+@pytest.mark.parametrize(
+    ("layout", "q_heads"), [("split", 2), ("bf16", 5), ("bf16", 8), ("split", 16)]
+)
 def test_groups(mode, layout, q_heads):
     case = cases.AttentionCase(
         "group", layout, order=1, kv_heads=1, q_heads=q_heads, queries=3, lengths=(40, 7)
@@ -129,7 +120,7 @@ def test_groups(mode, layout, q_heads):
     assert_close(attend(problem, mode), problem)
 
 
-@pytest.mark.parametrize("mode", [pytest.param(INTERPRETED, marks=pytest.mark.slow), COMPILED])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 def test_long_context_in_one_split_keeps_its_digits(mode):
     """Zero-mean values: an offset carried through the sum would show here first."""
     case = cases.AttentionCase(
@@ -180,7 +171,7 @@ def test_heads_of_real_models(q_heads, kv_heads, head_dim):
     assert_close(attend(problem, "compiled"), problem)
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
 def test_values_and_queries_of_any_magnitude(mode, factor):
     case = cases.AttentionCase("magnitude", "split", lengths=(40, 3), scale=float(0.125 / factor))
@@ -204,7 +195,7 @@ def test_nan_token_spoils_its_own_sequence_only(mode):
     assert np.isfinite(out[1]).all()
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 @pytest.mark.parametrize("sink", [-np.inf, -1e4, 1e4])
 def test_extreme_sinks(mode, sink):
     problem = Problem(cases.AttentionCase("sinks", "split", lengths=(20, 0), sinks=True))
@@ -287,7 +278,7 @@ def written_on_cpu(*arrays):
     return jax.jit(functools.partial(write_kv_xla, layer=0))(*arrays)
 
 
-@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.WRITES))
+@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.WRITES, ()))
 def test_write_equals_the_oracle(mode, case):
     pages, (k, v) = test_write.dirty_pages(case), test_write.tokens(case)
     slots = jnp.array(case.slots, jnp.int32)
@@ -351,7 +342,7 @@ def test_bad_tokens_are_stored_as_nan(mode):
     np.testing.assert_array_equal(np.argwhere(is_nan), [[0, 0, 0], [1, 1, 0], [2, 0, 1]])
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 @pytest.mark.parametrize("case", cases.PREPARED, ids=lambda case: case.write.name)
 def test_prepared_tokens_equal_those_of_xla(mode, case):
     """But for the last bit of a sum or a root, which decides a rounding now and then."""

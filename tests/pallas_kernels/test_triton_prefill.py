@@ -16,6 +16,7 @@ from tests.pallas_kernels.test_triton import (
     BF16_TOLERANCE,
     COMPILED,
     INTERPRETED,
+    SLOWLY_INTERPRETED,
     assert_close,
     attend,
     kernel_cases,
@@ -26,10 +27,10 @@ SMALL = {
     INTERPRETED: prefill.Blocks(16, 16, 16, 16, 1, 1),
     "compiled": prefill.Blocks(64, 32, 16, 16, 4, 3),
 }
-SLOWLY_INTERPRETED = pytest.param(INTERPRETED, marks=pytest.mark.slow)
 
 CASES = [
     *cases.PREFILL,
+    *[case for case in cases.PAIRS if case.queries > 1],
     cases.AttentionCase("chunk_bf16", "bf16", order=1, queries=16, lengths=(16, 40)),
     cases.AttentionCase("chunk_group_5", "split", queries=7, q_heads=10, lengths=(7, 40)),
     cases.AttentionCase("chunk_page_24", "split", queries=7, page_size=24, lengths=(7, 60)),
@@ -38,14 +39,12 @@ CASES = [
         cases.AttentionCase(
             f"chunk_head_dim_{head_dim}",
             "split",
-            order=order,
             queries=7,
             head_dim=head_dim,
             rotate_v=True,
             lengths=(7, 40),
         )
-        for head_dim, order in cases.LARGEST_ORDERS.items()
-        if head_dim in cases.HEAD_DIMS
+        for head_dim in (80, 112)
     ],
 ]
 
@@ -61,8 +60,9 @@ def test_prefill_equals_the_oracle(mode, case):
 
 
 @pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
-@pytest.mark.parametrize("programs", [1, 64])
-@pytest.mark.parametrize(("block_tokens", "page_size"), [(16, 64), (64, 16), (32, 24)])
+@pytest.mark.parametrize(
+    ("programs", "block_tokens", "page_size"), [(1, 16, 64), (64, 64, 16), (64, 32, 24)]
+)
 def test_block_sizes_do_not_show(mode, programs, block_tokens, page_size):
     case = cases.AttentionCase(
         "blocks", "split", queries=40, page_size=page_size, lengths=(40, 150, 53)
@@ -93,7 +93,7 @@ def test_long_context_in_one_split_keeps_its_digits(mode):
     assert_close(attend(problem, mode, prefill.Blocks(64, 64, 1, 1, 4, 3)), problem, 1e-3)
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
 def test_numbers_of_any_magnitude(mode, factor):
     """Keys and values by the factor; scores stay what they are."""
@@ -118,7 +118,7 @@ def test_constant_vectors_beside_others(mode):
     assert_close(attend(problem, mode, SMALL[mode]), problem)
 
 
-@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+@pytest.mark.parametrize("mode", [SLOWLY_INTERPRETED, COMPILED])
 @pytest.mark.parametrize("kind", [0, 1], ids=["key", "value"])
 def test_nan_token_spoils_its_own_sequence_only(mode, kind):
     problem = Problem(cases.AttentionCase("nan", "split", queries=7, lengths=(20, 20)))
