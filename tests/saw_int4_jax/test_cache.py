@@ -160,7 +160,7 @@ RANDOM_OPERATIONS = {
 
 
 @hypothesis.settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

@@ -18,7 +18,9 @@ def test_bundled_model_loads_and_knows_its_text():
 
 
 @pytest.mark.slow
-def test_demo_prints_text_and_a_table_that_shows_what_rotation_does(capsys, tmp_path):
+def test_demo_prints_text_and_a_table_that_shows_what_rotation_does(capsys, tmp_path, monkeypatch):
+    some = demo.heldout_windows(load_model(demo.REFERENCE_MODEL))[::5]
+    monkeypatch.setattr(demo, "heldout_windows", lambda model: some)
     path = tmp_path / "demo.json"
     assert main(["demo", "--max-new-tokens", "40", "--json", str(path)]) == 0
     out, err = capsys.readouterr()
