@@ -73,8 +73,7 @@ class Prepared:
 
     @property
     def forward(self) -> Forward:
-        attend = dense.attend if self.method.paged is None else paged.attend
-        return Llama(self.config, attend=attend).apply
+        return _forward(self.config, dense.attend if self.method.paged is None else paged.attend)
 
     def open(self, batch: int, length: int) -> Any:
         """An empty `Cache` or `DenseCache` for `length` tokens of each of `batch` sequences."""
@@ -84,6 +83,12 @@ class Prepared:
         spec = self.config.cache_spec(1, **dict(self.method.paged))
         spec = dataclasses.replace(spec, num_pages=batch * -(-length // spec.page_size))
         return paged.init_cache(spec, batch, length)
+
+
+@functools.cache
+def _forward(config: LlamaConfig, attend: Callable) -> Forward:
+    """One object for the same arguments: as a static argument, another one compiles anew."""
+    return Llama(config, attend=attend).apply
 
 
 def prepare(

@@ -81,6 +81,17 @@ def test_one_pass_over_a_text_is_decoding_it_token_by_token(model, name):
     assert close > 0.99
 
 
+def test_a_program_is_compiled_once(model):
+    """However many batches go through it, and variants of one method."""
+    params, _ = model
+    before = comparison.advance._cache_size()
+    for seed in range(2):
+        prepared = comparison.prepare(make_method("signed", 16), CONFIG, params, [], seed)
+        for text in (tokens(seed=3), tokens(seed=4)):
+            one_pass(prepared, text)
+    assert comparison.advance._cache_size() <= before + 1
+
+
 @pytest.mark.parametrize("name", ["hessian", "signed"])
 @pytest.mark.parametrize("config", [CONFIG, QWEN3], ids=["llama", "qwen3"])
 def test_folding_keeps_the_function(name, config):
