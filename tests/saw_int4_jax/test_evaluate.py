@@ -30,7 +30,7 @@ SPECS = [
 @pytest.fixture(scope="module")
 def model():
     llama = Llama(CONFIG)
-    variables = llama.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables = jax.jit(llama.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     return llama.apply, variables
 
 

@@ -63,7 +63,7 @@ class NnxDecoder(nnx.Module):
 
 def nnx_model():
     """`forward(state, tokens, cache)`, as `generate` takes it, and the state."""
-    graph, state = nnx.split(NnxDecoder(nnx.Rngs(0)))
+    graph, state = nnx.split(nnx.jit(lambda: NnxDecoder(nnx.Rngs(0)))())
 
     def forward(state, tokens, cache):
         return nnx.merge(graph, state)(tokens, cache)
