@@ -256,9 +256,9 @@ PREFILL = [
     AttentionCase("chunk_bf16_queries", queries=4, lengths=(33, 4), dtype="bfloat16"),
 ]
 
-# What the lists above vary one at a time, varied together, for kernels that take seconds to
-# interpret: every two values of head dimension, `rotate_v`, dtype and heads meet in a case, and
-# so do every two of page size, lengths, window, soft cap, sinks, T, `query_lengths` and `causal`.
+# What the lists above vary one at a time, varied together: every two values of head dimension,
+# `rotate_v`, dtype and heads meet in a case, and so do every two of page size, lengths, window,
+# soft cap, sinks, T, `query_lengths` and `causal`.
 _RAGGED, _LONG, _SHORT = (0, 1, 15, 16, 17, 64, 50), (200, 0, 129), (33, 1, 48)
 _COLUMNS = "head_dim order rotate_v dtype q_heads kv_heads page_size lengths window soft_cap sinks"
 _COLUMNS += " scale queries query_lengths causal"
@@ -294,9 +294,6 @@ PAIRS = [
     for i, row in enumerate(_ROWS)
 ]
 
-ATTENTION = DECODE + PREFILL + PAIRS
-
-# What interpreters leave to the pairs.
 HELD_BY_PAIRS = {
     *("paired", "paired_unrotated", "paired_full_order", "paired_values_rotated", "split"),
     *("split_values_rotated", "bf16_queries", "mha", "mqa", "ragged", "empty_with_sinks", "scale"),
@@ -308,3 +305,6 @@ HELD_BY_PAIRS = {
     *("window_above_chunk", "window_ragged", "chunk_window_across_blocks", "chunk_bf16_queries"),
     *("chunk_everything",),
 }
+
+# For kernels that take seconds to interpret or to compile: the pairs, and what they do not hold.
+ATTENTION = PAIRS + [case for case in DECODE + PREFILL if case.name not in HELD_BY_PAIRS]

@@ -112,9 +112,7 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.timeout(300)  # a copy into the wrong buffer is awaited forever
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    "case", interpreted(x for x in ATTENTION if x.name not in cases.HELD_BY_PAIRS)
-)
+@pytest.mark.parametrize("case", interpreted(ATTENTION))
 def test_attention_interpreted(case):
     check_attention(case, INTERPRET)
 
@@ -153,7 +151,7 @@ def float8(chosen):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("name", ["ragged", "mha", "verify_4", "small_pages", "chunk_everything"])
+@pytest.mark.parametrize("name", ["pairs_5", "pairs_12", "pairs_13", "small_pages"])
 def test_float8_codes(name):
     (case,) = (case for case in ATTENTION if case.name == name)
     check_attention(case, INTERPRET, float8(True))
@@ -237,7 +235,7 @@ def test_attention_on_tpu(monkeypatch, case, block_tokens):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", ["ragged", "chunk_everything"])
+@pytest.mark.parametrize("name", ["pairs_5", "pairs_12"])
 def test_float8_choice_on_tpu(name):
     """Codes as integers work on every TPU, and as float8 numbers where the device says so."""
     (case,) = (case for case in ATTENTION if case.name == name)

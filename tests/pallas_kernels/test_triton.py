@@ -29,20 +29,21 @@ BF16_TOLERANCE = 4e-3
 QUICK = {"bf16", "pairs_1", "pairs_13", "some_skipped", "bf16_skipped", "head_dim_96_split"}
 
 
-def kernel_cases(all_cases, only_compiled=cases.HELD_BY_PAIRS):
-    """Each case once, `paired` ones as `split`: compiled, and interpreted unless others do."""
+def kernel_cases(all_cases):
+    """Each case interpreted and compiled, `paired` ones as `split` unless there is the same one."""
     out, seen = [], set()
-    for case in all_cases:
+    for case in sorted(all_cases, key=lambda case: case.layout == "paired"):
         if case.layout == "paired":
             case = dataclasses.replace(case, layout="split")
-        out.append(
-            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu)
-        )
-        same = dataclasses.replace(case, name="")
-        if case.name not in only_compiled and same not in seen:
-            seen.add(same)
-            marks = () if case.name in QUICK else pytest.mark.slow
-            out.append(pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks))
+        nameless = dataclasses.replace(case, name="")
+        if nameless in seen:
+            continue
+        seen.add(nameless)
+        marks = () if case.name in QUICK else pytest.mark.slow
+        out += [
+            pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks),
+            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu),
+        ]
     return out
 
 
@@ -278,7 +279,7 @@ def written_on_cpu(*arrays):
     return jax.jit(functools.partial(write_kv_xla, layer=0))(*arrays)
 
 
-@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.WRITES, ()))
+@pytest.mark.parametrize(("mode", "case"), kernel_cases(cases.WRITES))
 def test_write_equals_the_oracle(mode, case):
     pages, (k, v) = test_write.dirty_pages(case), test_write.tokens(case)
     slots = jnp.array(case.slots, jnp.int32)

@@ -29,8 +29,7 @@ SMALL = {
 }
 
 CASES = [
-    *cases.PREFILL,
-    *[case for case in cases.PAIRS if case.queries > 1],
+    *[case for case in cases.ATTENTION if case.queries > 1],
     cases.AttentionCase("chunk_bf16", "bf16", order=1, queries=16, lengths=(16, 40)),
     cases.AttentionCase("chunk_group_5", "split", queries=7, q_heads=10, lengths=(7, 40)),
     cases.AttentionCase("chunk_page_24", "split", queries=7, page_size=24, lengths=(7, 60)),
