@@ -8,10 +8,11 @@ median over many windows of such loops.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -101,20 +102,24 @@ def time_alternately(
     chains: dict[str, tuple[Step, Any, Any]],
     *,
     length: int = 32,
-    runs: int = 20,
-    window_ms: float = 10,
+    runs: int = 40,
+    window_ms: float = 4,
 ) -> dict[str, dict[str, float]]:
     """Times several chains a window each in turn: what slows the device down slows all alike.
 
-    Arguments and figures as of `time_chain`.
+    Arguments and figures as of `time_chain`, and `over_first`: how much longer a step takes than
+    the first chain's in the same turn, as a fraction, median of all turns.
     """
-    compiled = {name: compile_chain(*chain, length=length) for name, chain in chains.items()}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compile_it = functools.partial(compile_chain, length=length)
+        programs = pool.map(lambda chain: compile_it(*chain), chains.values())
+        compiled = dict(zip(chains, programs, strict=True))
     carries = {name: jax.tree.map(jnp.copy, carry) for name, (_, carry, _) in chains.items()}
     times: dict[str, list[float]] = {name: [] for name in chains}
-    loops = dict.fromkeys(chains, 10)
+    loops = dict.fromkeys(chains, 4)
     for turn in range(runs + 2):  # the first warms up, the second says how many loops fill a window
-        for name, (_, _, data) in chains.items():
-            carry = carries[name]
+        for name in list(chains)[:: 1 if turn % 2 else -1]:
+            carry, data = carries[name], chains[name][2]
             jax.block_until_ready(carry)
             start = time.perf_counter()
             for _ in range(loops[name]):
@@ -126,12 +131,14 @@ def time_alternately(
                 loops[name] = max(1, round(window_ms / 1e3 / seconds))
             elif turn > 1:
                 times[name].append(seconds / length * 1e6)
+    first = next(iter(times.values()))
     return {
         name: {
             "median_us": statistics.median(x),
             "min_us": min(x),
             "max_us": max(x),
             "runs": runs,
+            "over_first": statistics.median(a / b - 1 for a, b in zip(x, first, strict=True)),
         }
         for name, x in times.items()
     }
@@ -145,24 +152,24 @@ def copies(size: int, total: int = 400_000_000) -> int:
 # --- Ceilings ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def read_ceiling(size: int, **options) -> float:
     """GB/s of a kernel that only reads `size` bytes: the best of a few block sizes."""
-    return _ceiling(size, False, **options)
+    times = [time_chain(*chain, **options)["median_us"] for chain in _touching(size, False)]
+    return size / min(times) / 1e3
 
 
-def copy_ceiling(size: int, **options) -> float:
-    """GB/s (read plus written) of a kernel that copies half of `size` bytes."""
-    return _ceiling(size, True, **options)
+def copy_chains(size: int) -> list[tuple[Step, jax.Array, jax.Array]]:
+    """What `time_chain` takes: copying half of `size` bytes, with a few block sizes."""
+    return list(_touching(size, True))
 
 
-@functools.cache
-def _ceiling(size: int, copy: bool, **options) -> float:
+def _touching(size: int, copy: bool) -> Iterator[tuple[Step, jax.Array, jax.Array]]:
     touch, sizes = {
         "gpu": (touch_by_triton, (8192, 16384, 32768)),
         "tpu": (touch_by_mosaic, (1 << 19, 1 << 20, 1 << 21)),
     }[jax.default_backend()]
-    times = [time_chain(*touch(size, copy, block), **options)["median_us"] for block in sizes]
-    return size / min(times) / 1e3
+    return (touch(size, copy, block) for block in sizes)
 
 
 def touch_by_triton(size: int, copy: bool, block_bytes: int) -> tuple[Step, jax.Array, jax.Array]:

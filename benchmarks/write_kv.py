@@ -4,8 +4,9 @@
 
 Bytes are those read (BF16 keys and values) and written (packed rows and scales). Keys and values
 come out of the second level cache where they fit, as they do after a projection. The methods of a
-number of tokens take turns. The last rows are what lies between projections and attention, with
-QK-norm and RoPE: in one launch, and by XLA before the same kernel writes.
+number of tokens take turns, and so does a kernel that copies as many bytes as INT4 moves. The last
+rows are what lies between projections and attention, with QK-norm and RoPE: in one launch, and by
+XLA before the same kernel writes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import operator
 from typing import Any
 
 import jax
@@ -20,21 +22,22 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import copies, copy_ceiling, device_kernels, time_alternately
+from benchmarks.timing import copies, copy_chains, device_kernels, time_alternately
 from pallas_kernels import PageFormat, Pages, init_pages, page_format
 from pallas_kernels.xla import write as xla_write
 from saw_int4_jax.results import describe_device, write_results
 
-LAUNCH_BOUND = 20_000_000  # bytes below which a launch takes a good part of the time
+LAUNCH_BOUND = 10_000_000  # bytes below which a launch takes a good part of the time
+FEW = 256  # tokens up to which a loop of calls must be longer: Python starts one as fast
 
 
 def formats(head_dim: int) -> dict[str, PageFormat]:
     layout, order = page_format.preferred_layout(), page_format.largest_order(head_dim)
     return {
-        "bf16": PageFormat("bf16"),
         "int4": PageFormat(layout),
         "bdr": PageFormat(layout, order),
         "bdr + values": PageFormat(layout, order, rotate_v=True),
+        "bf16": PageFormat("bf16"),
     }
 
 
@@ -73,17 +76,26 @@ def write_chain(format: PageFormat, *, blocks=None, **sizes) -> tuple:
 
 
 def prepare_chain(format: PageFormat, *, q_heads: int, fused: bool, **sizes) -> tuple:
-    """The same for `write_qkv`: the next call's queries are the last one's."""
+    """The same for `write_qkv`: the next call's queries are the last one's.
+
+    Not so for few tokens in one launch, whose q, k and v are parts of one array, as XLA leaves them
+    where it sums the parts of a projection.
+    """
     write = importlib.import_module(f"pallas_kernels.{device_kernels()}.write")
     pages, (k, v, slots) = random_tokens(format, **sizes)
-    tokens, _, head_dim = k.shape
+    tokens, kv_heads, head_dim = k.shape
+    side_by_side = fused and tokens <= getattr(write, "SIDE_BY_SIDE", 0)
     angle = jnp.arange(tokens)[:, None] * 10_000 ** -jnp.linspace(0, 1, head_dim // 2)
     weight = jnp.ones(head_dim, jnp.bfloat16)
     by_xla = functools.partial(xla_write.write_qkv, write=write.write_kv)
 
     def step(i, carry, data):
         pages, q = carry
-        k, v, slots, cos, sin, weight = data
+        kv, slots, cos, sin, weight = data
+        if side_by_side:
+            q, k, v = jnp.split(kv, [q_heads, q_heads + kv_heads], axis=1)
+        else:
+            k, v = kv
         q, pages = (write.write_qkv if fused else by_xla)(
             *(pages, q, k, v, slots),
             cos=cos,
@@ -96,7 +108,8 @@ def prepare_chain(format: PageFormat, *, q_heads: int, fused: bool, **sizes) -> 
         return pages, q
 
     q = jax.random.normal(jax.random.key(1), (tokens, q_heads, head_dim), jnp.bfloat16)
-    return step, (pages, q), (k, v, slots, jnp.cos(angle), jnp.sin(angle), weight)
+    kv = jnp.concatenate([q, k, v], axis=1) if side_by_side else (k, v)
+    return step, (pages, q), (kv, slots, jnp.cos(angle), jnp.sin(angle), weight)
 
 
 def main() -> None:
@@ -111,79 +124,61 @@ def main() -> None:
     arguments.add_argument("--page-size", type=int, default=64 if on_gpu else 128)
     arguments.add_argument("--scattered", action="store_true", help="no two tokens side by side")
     arguments.add_argument("--length", type=int, default=32, help="calls in one compiled loop")
-    arguments.add_argument("--runs", type=int, default=15)
+    arguments.add_argument("--runs", type=int, default=40)
     arguments.add_argument("--json", metavar="FILE")
     arguments = arguments.parse_args()
     head_dim, q_heads = arguments.head_dim, arguments.q_heads
     sizes = dict(kv_heads=arguments.kv_heads, head_dim=head_dim, page_size=arguments.page_size)
-    timing = dict(length=arguments.length, runs=arguments.runs)
 
     rows: list[dict[str, Any]] = []
     title = f"write_kv, {sizes['kv_heads']} heads of {head_dim}, {describe_device()}"
     table = Table("tokens", "method", "MB", "µs", "GB/s", "% of copy", "over int4", title=title)
-    methods = formats(head_dim)
+    kernels, methods = device_kernels(), formats(head_dim)
     for tokens in arguments.tokens:
         here = dict(tokens=tokens, scattered=arguments.scattered, **sizes)
-        chains = {name: write_chain(format, **here) for name, format in methods.items()}
-        figures = time_alternately(chains, **timing)
-        del chains
-        chains = {
-            name: prepare_chain(methods["bdr"], q_heads=q_heads, fused=fused, **here)
-            for name, fused in ((device_kernels(), True), (f"xla + {device_kernels()}", False))
-        }
-        prepared = time_alternately(chains, **timing)
-        del chains
-        for method, format in methods.items():
-            vectors = 2 * tokens * sizes["kv_heads"]
-            stored = 2 * head_dim if method == "bf16" else head_dim / 2 + 4
-            size = int(vectors * (2 * head_dim + stored))
-            ceiling = copy_ceiling(size, **timing) if size >= LAUNCH_BOUND else None
-            median = figures[method]["median_us"]
-            rate = size / median / 1e3
-            rows.append(
-                {
-                    "op": "write_kv",
-                    "implementation": device_kernels(),
-                    "method": method.split()[0],
-                    "order": format.order,
-                    "rotate_v": format.rotate_v,
-                    "tokens": tokens,
-                    **sizes,
-                    **figures[method],
-                    "bytes": size,
-                    "gb_per_s": rate,
-                    **(
-                        {"ceiling_gb_per_s": ceiling, "fraction_of_ceiling": rate / ceiling}
-                        if ceiling
-                        else {}
-                    ),
-                }
-            )
+        rows_here, chains = {}, {}
+        for name, format in methods.items():
+            stored = 2 * head_dim if name == "bf16" else head_dim // 2 + 4
+            size = 2 * tokens * sizes["kv_heads"] * (2 * head_dim + stored)
+            chains[name] = write_chain(format, **here)
+            about = dict(op="write_kv", implementation=kernels, method=name.split()[0])
+            about |= dict(order=format.order, rotate_v=format.rotate_v, tokens=tokens, **sizes)
+            rows_here[name] = about | dict(bytes=size)
+        # Queries in and out; a cosine and a sine for two channels, in float32.
+        size = rows_here["bdr"]["bytes"] + tokens * head_dim * (4 * q_heads + 4)
+        for fused in (True, False):
+            implementation = kernels if fused else f"xla + {kernels}"
+            name = f"QK-norm, RoPE, bdr: {implementation}"
+            chains[name] = prepare_chain(methods["bdr"], q_heads=q_heads, fused=fused, **here)
+            about = dict(op="write_qkv", implementation=implementation, q_heads=q_heads, bytes=size)
+            rows_here[name] = rows_here["bdr"] | about
+        copied = {size: {} for size in {row["bytes"] for row in rows_here.values()}}
+        for size, of_size in copied.items():
+            if size >= LAUNCH_BOUND:
+                of_size |= {f"copy {size} {i}": x for i, x in enumerate(copy_chains(size))}
+        length = arguments.length * (8 if tokens <= FEW else 1)
+        everything = functools.reduce(operator.or_, copied.values(), chains)
+        figures = time_alternately(everything, length=length, runs=arguments.runs)
+        for name, row in rows_here.items():
+            over_int4 = figures[name].pop("over_first")
+            size, median = row["bytes"], figures[name]["median_us"]
+            row |= figures[name] | dict(gb_per_s=size / median / 1e3)
+            if row["op"] == "write_kv":
+                row["over_int4"] = over_int4
+            if copied[size]:
+                copy = min(figures[x]["median_us"] for x in copied[size])
+                row |= dict(ceiling_gb_per_s=size / copy / 1e3, fraction_of_ceiling=copy / median)
+            rows.append(row)
             table.add_row(
                 f"{tokens:,}",
-                method,
+                name,
                 f"{size / 1e6:.2f}",
                 f"{median:.2f}",
-                f"{rate:.0f}",
-                f"{rate / ceiling:.0%}" if ceiling else "",
-                f"{median / figures['int4']['median_us'] - 1:+.1%}",
+                f"{row['gb_per_s']:.0f}",
+                f"{row['fraction_of_ceiling']:.0%}" if copied[size] else "",
+                f"{over_int4:+.1%}" if row["op"] == "write_kv" else "",
             )
-        for implementation, times in prepared.items():
-            rows.append(
-                {
-                    "op": "write_qkv",
-                    "implementation": implementation,
-                    "method": "bdr",
-                    "order": methods["bdr"].order,
-                    "rotate_v": False,
-                    "tokens": tokens,
-                    "q_heads": q_heads,
-                    **sizes,
-                    **times,
-                }
-            )
-            name = f"QK-norm, RoPE, bdr: {implementation}"
-            table.add_row(f"{tokens:,}", name, "", f"{times['median_us']:.2f}", "", "", "")
+        del chains, everything
         if arguments.json:
             write_results(arguments.json, rows)
     Console().print(table)
