@@ -1,8 +1,9 @@
 """`write_kv` and `write_qkv` as one Pallas kernel for NVIDIA GPUs, in place.
 
-A program takes a block of tokens and one head: it rotates, quantizes, packs and scatters keys or
-values, or prepares queries. The numbers are those of `page_format.encode`: the same operations in
-the same order, so that the bytes are the same but for the order of the sums in a rotation.
+A program takes a block of tokens and one head, whose keys or values it rotates, quantizes, packs
+and scatters, or it prepares as many queries. The numbers are those of `page_format.encode`: the
+same operations in the same order, so that the bytes are the same but for the order of the sums in a
+rotation.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ _UPPER_HALF = np.uint32(0xFFFF0000)
 # Up to so many tokens `write_qkv` takes q, k and v as one array: what a projection left in parts
 # XLA then sums in one launch, not in three. More tokens cost more to put together than launches.
 SIDE_BY_SIDE = 256
+
+# From so many tokens on throughput counts, below it how long a program takes.
+MANY = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,8 @@ def _launch(
     if tokens == 0:
         return pages, [jnp.zeros(q.shape, q.dtype) for q in queries]
     if blocks is None:
-        blocks = Blocks(**tuning.blocks("write_kv"))
+        many = tokens >= MANY and not q_heads
+        blocks = Blocks(**tuning.blocks("write_kv_many" if many else "write_kv"))
     given["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
     if pages.format.order > 1:
         given["signs"] = arithmetic.signs(pages.format.order, head_dim, given["k"].dtype)
@@ -160,7 +165,10 @@ def _launch(
 
     outputs = pl.pallas_call(
         with_names,
-        grid=(pl.cdiv(tokens, blocks.block_tokens), 2 * pages.kv_heads + q_heads),
+        grid=(
+            pl.cdiv(tokens, blocks.block_tokens) * 2 * pages.kv_heads
+            + pl.cdiv(tokens * q_heads, blocks.block_tokens),
+        ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results.values()],
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(given) + len(stored)),
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(results),
@@ -196,59 +204,63 @@ def _program(
     blocks: Blocks,
     gpu: bool,
 ):
-    """One program: keys of a head, values of a head, or queries of a head. Arrays are whole.
+    """One program: keys of a head, values of a head, or queries. Arrays are whole.
 
     `first_head` says where those of q, k and v begin in their arrays.
     """
     tokens, _, head_dim = k.shape
     kv_heads = data.shape[2]
     first_q, first_k, first_v = first_head
-    token = pl.program_id(0) * blocks.block_tokens + jnp.arange(blocks.block_tokens)
-    head = pl.program_id(1)
+    row = jnp.arange(blocks.block_tokens)
     column = jnp.arange(padded(width))
     inside = column < width
-    given = (token < tokens)[:, None] & inside[None, :]
+    token_blocks = pl.cdiv(tokens, blocks.block_tokens)
+    kv_programs = token_blocks * 2 * kv_heads
+    program = pl.program_id(0)
 
-    def load(x, count: int, *heads):
-        """`count` pieces [tokens, width] of x [n, …], or of one head of x [n, heads, D]."""
+    def load(x, count: int, token, *head):
+        """`count` pieces [rows, width] of x [n, D], or of x [n, heads, D] with a head, or many."""
+        mask = (token < tokens)[:, None] & inside[None, :]
         return [
-            plt.load(
-                x.at[token[:, None], *heads, (i * width + column)[None, :]], mask=given, other=0
-            )
+            plt.load(x.at[token[:, None], *head, (i * width + column)[None, :]], mask=mask, other=0)
             for i in range(count)
         ]
 
     def normalized(numbers, weight):
-        square = functools.reduce(jnp.add, (x * x for x in numbers))
+        square = functools.reduce(lambda total, x: multiply_add(x, x, total, gpu), numbers, 0.0)
         inverse = lax.rsqrt(jnp.sum(square, axis=1) * np.float32(1 / head_dim) + eps)[:, None]
         out = []
         for i, x in enumerate(numbers):
-            # As often as there are tokens: each thread loads its own.
+            # As often as there are rows: each thread loads its own.
             channel = jnp.broadcast_to((i * width + column)[None, :], x.shape)
-            w = plt.load(weight.at[channel], mask=given, other=0)
+            w = plt.load(
+                weight.at[channel], mask=jnp.broadcast_to(inside[None, :], x.shape), other=0
+            )
             out.append(x * (inverse * w.astype(jnp.float32)))
         return out
 
-    def turned(numbers):
+    def turned(numbers, token):
         half = pieces // 2
+        cosines, sines = load(cos, half, token), load(sin, half, token)
         out = list(numbers)
-        for i, (c, s) in enumerate(zip(load(cos, half), load(sin, half), strict=True)):
+        for i, (c, s) in enumerate(zip(cosines, sines, strict=True)):
             a, b = numbers[i], numbers[i + half]
-            out[i], out[i + half] = a * c - b * s, b * c + a * s
+            out[i] = multiply_add(a, c, -(b * s), gpu)
+            out[i + half] = multiply_add(b, c, a * s, gpu)
         return out
 
-    def prepared(numbers, weight):
+    def prepared(numbers, token, weight):
         """QK-norm and RoPE, each rounded as `pallas_kernels.xla` rounds it."""
         dtype = numbers[0].dtype
         if weight is not None:
             numbers = normalized([x.astype(jnp.float32) for x in numbers], weight)
             numbers = [x.astype(dtype) for x in numbers]
         if cos is not None:
-            numbers = turned([x.astype(jnp.float32) for x in numbers])
+            numbers = turned([x.astype(jnp.float32) for x in numbers], token)
             numbers = [x.astype(dtype) for x in numbers]
         return numbers
 
-    def write(numbers, kind: int, kv_head):
+    def write(numbers, token, kind: int, kv_head):
         num_pages, page_size = data.shape[1], data.shape[4]
         # Unsigned: what is negative lies past the pool.
         slot = plt.load(slots.at[token], mask=token < tokens, other=-1).astype(jnp.uint32)
@@ -276,23 +288,34 @@ def _program(
         plt.store(rows(0), words, mask=mask)
         plt.store(scales.at[layer[0], page, kv_head, kind, offset], scale_words, mask=kept)
 
-    @pl.when(head < kv_heads)
-    def keys():
-        write(prepared(load(k, pieces, first_k + head), k_norm), 0, head)
+    @pl.when(program < kv_programs)
+    def keys_or_values():
+        head = lax.div(program, token_blocks)
+        token = lax.rem(program, token_blocks) * blocks.block_tokens + row
 
-    @pl.when((head >= kv_heads) & (head < 2 * kv_heads))
-    def values():
-        write(load(v, pieces, first_v + head - kv_heads), 1, head - kv_heads)
+        @pl.when(head < kv_heads)
+        def keys():
+            numbers = load(k, pieces, token, first_k + head)
+            write(prepared(numbers, token, k_norm), token, 0, head)
+
+        @pl.when(head >= kv_heads)
+        def values():
+            write(load(v, pieces, token, first_v + head - kv_heads), token, 1, head - kv_heads)
 
     if q is None:
         return
 
-    @pl.when(head >= 2 * kv_heads)
+    # Heads of a token side by side: they share its cosines.
+    @pl.when(program >= kv_programs)
     def queries():
-        q_head = head - 2 * kv_heads
-        for i, x in enumerate(prepared(load(q, pieces, first_q + q_head), q_norm)):
+        q_heads = q_out.shape[1]
+        at = (program - kv_programs) * blocks.block_tokens + row
+        token, head = lax.div(at, q_heads), lax.rem(at, q_heads)[:, None]
+        mask = (token < tokens)[:, None] & inside[None, :]
+        numbers = load(q, pieces, token, first_q + head)
+        for i, x in enumerate(prepared(numbers, token, q_norm)):
             channel = i * width + column
-            plt.store(q_out.at[token[:, None], q_head, channel[None, :]], x, mask=given)
+            plt.store(q_out.at[token[:, None], head, channel[None, :]], x, mask=mask)
 
 
 def _rotate(
@@ -341,11 +364,13 @@ def _quantize(
     """`page_format.quantize` and `pack`, step by step, on what `_rotate` returns."""
     # A minimum passes over NaN, zero times a number does not: a vector that holds one, or an
     # infinity, gets an infinite range. A rotation spreads them over its blocks: one piece of those
-    # that it joins shows them.
-    poison = jnp.zeros_like(numbers[0])
-    for x in numbers[:: max(1, order // width)]:
-        poison = multiply_add(x, jnp.zeros_like(x), poison, gpu)
-    low = jnp.where(poison == 0, functools.reduce(jnp.minimum, lows), -jnp.inf)
+    # that it joins shows them, and where it joins all, nothing finite is left to pass over to.
+    low = functools.reduce(jnp.minimum, lows)
+    if order < 4 * width:
+        poison = jnp.zeros_like(low)
+        for x in numbers[:: max(1, order // width)]:
+            poison = multiply_add(x, jnp.zeros_like(x), poison, gpu)
+        low = jnp.where(poison == 0, low, -jnp.inf)
     low = jnp.min(jnp.where(inside[None, :], low, jnp.inf), axis=1)
     high = functools.reduce(jnp.maximum, highs)
     high = jnp.max(jnp.where(inside[None, :], high, -jnp.inf), axis=1)

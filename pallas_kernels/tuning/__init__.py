@@ -14,7 +14,7 @@ def blocks(op: str, device_kind: str | None = None) -> dict[str, int]:
 
     Args:
       op: a key of the files: `decode_attention` and `prefill_attention`, each
-        also with `_bf16`, and `write_kv`.
+        also with `_bf16`, `write_kv` and `write_kv_many`.
       device_kind: as `jax.Device.device_kind` says, such as "NVIDIA H200"; `None`: the default
         device's.
     """
