@@ -155,8 +155,13 @@ def test_nan_query_spoils_its_own_row_only(mode):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(16, 8), (40, 8), (64, 8), (32, 32), (8, 1)])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim"),
+    [
+        *[(*heads, 128) for heads in ((16, 8), (40, 8), (64, 8), (32, 32), (8, 1))],
+        *[(40, 8, head_dim) for head_dim in (64, 80, 96, 256)],
+    ],
+)
 def test_heads_of_real_models(q_heads, kv_heads, head_dim):
     case = cases.AttentionCase(
         "heads",
@@ -393,6 +398,7 @@ def test_every_tuning_file_has_every_operation():
         attention.Blocks(**sizes["decode_attention"])
         attention.Blocks(**sizes["decode_attention_bf16"])
         write.Blocks(**sizes["write_kv"])
+        write.Blocks(**sizes["write_kv_many"])
 
 
 def test_tuning_goes_by_device_kind():

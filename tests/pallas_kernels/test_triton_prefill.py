@@ -51,7 +51,10 @@ CASES = [
 @pytest.mark.parametrize(("mode", "case"), kernel_cases(CASES))
 def test_prefill_equals_the_oracle(mode, case):
     problem = Problem(case)
-    actual = attend(problem, mode, SMALL[mode])
+    blocks = SMALL[mode]
+    if mode == "compiled" and case.head_dim == 256:  # or registers spill, which takes long
+        blocks = dataclasses.replace(blocks, rows=32, block_tokens=16)
+    actual = attend(problem, mode, blocks)
     assert_close(actual, problem)
     real = np.arange(case.queries) < problem.query_lengths[:, None]
     assert not actual[~real].any()
