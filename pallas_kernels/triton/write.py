@@ -227,7 +227,9 @@ def _program(
         ]
 
     def normalized(numbers, weight):
-        square = functools.reduce(lambda total, x: multiply_add(x, x, total, gpu), numbers, 0.0)
+        square = jnp.zeros_like(numbers[0])
+        for x in numbers:
+            square = multiply_add(x, x, square, gpu)
         inverse = lax.rsqrt(jnp.sum(square, axis=1) * np.float32(1 / head_dim) + eps)[:, None]
         out = []
         for i, x in enumerate(numbers):
