@@ -18,11 +18,11 @@ from rich.table import Table
 
 from benchmarks import decode_attention, write_kv
 from benchmarks.timing import compile_chain, time_chain
-from pallas_kernels.triton import attention, write
+from pallas_kernels.triton import decode, write
 from saw_int4_jax.results import describe_device, write_results
 
 DECODE = [
-    attention.Blocks(block_tokens, 8, programs, 64, num_warps, num_stages)
+    decode.Blocks(block_tokens, 8, programs, 64, num_warps, num_stages)
     for block_tokens, num_warps in [(32, 1), (64, 1), (128, 2)]
     for num_stages in (3, 5, 7)
     for programs in (528, 1056, 1584)

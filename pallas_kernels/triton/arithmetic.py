@@ -31,9 +31,14 @@ MASKED = -1e30
 LOG2_E = math.log2(math.e)
 
 
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded(width: int, least: int = 16) -> int:
     """The power of two, at least `least`, that holds `width`."""
-    return max(least, 1 << (width - 1).bit_length())
+    return max(least, power_of_two(width))
 
 
 def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

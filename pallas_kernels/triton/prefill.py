@@ -18,18 +18,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.page_format import Pages
 from pallas_kernels.triton import arithmetic
-from pallas_kernels.triton.arithmetic import LOG2_E, MASKED, dot, exp2, multiply_add, padded
-from pallas_kernels.triton.join import join_splits
+from pallas_kernels.triton.arithmetic import (
+    LOG2_E,
+    MASKED,
+    dot,
+    exp2,
+    multiply_add,
+    padded,
+    power_of_two,
+)
+from pallas_kernels.triton.work import Plan, Split, cut_rows, store, store_place
 
 # Weights are at most 2**HEADROOM, the closer to float16's largest the more small ones count.
 HEADROOM = 15
@@ -57,110 +64,6 @@ class Blocks:
     num_stages: int
 
 
-def prefill_attention(
-    q: Float[Array, "B T H D"],
-    pages: Pages,
-    page_table: Int[Array, "B max_pages"],
-    lengths: Int[Array, "B"],
-    *,
-    layer: int | Int[Array, ""],
-    query_lengths: Int[Array, "B"],
-    causal: bool,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Float[Array, "H"] | None,
-    blocks: Blocks,
-    interpret: bool = False,
-) -> Float[Array, "B T H D"]:
-    """See `pallas_kernels.paged_attention`, and `Blocks`.
-
-    `interpret` runs it as plain `jnp` on any device.
-    """
-    batch, queries, heads, head_dim = q.shape
-    group = heads // pages.kv_heads
-    # A block of queries is a whole number of tokens, each with all heads of the group. Less than 64
-    # rows do not fill the matrix unit.
-    rows = max(64, 1 << (queries * group - 1).bit_length())
-    rows = max(min(rows, blocks.rows), 1 << (group - 1).bit_length())
-    block_queries = rows // group
-    query_blocks = pl.cdiv(queries, block_queries)
-    capacity = page_table.shape[1] * pages.page_size
-    splits = min(
-        max(1, blocks.programs // (batch * pages.kv_heads * query_blocks)),
-        blocks.max_splits,
-        pl.cdiv(capacity, blocks.block_tokens),
-    )
-    pieces = 4 if pages.format.layout == "split" else 1
-    kernel = functools.partial(
-        _attend,
-        page_size=pages.page_size,
-        kv_heads=pages.kv_heads,
-        group=group,
-        queries=queries,
-        block_queries=block_queries,
-        query_blocks=query_blocks,
-        rows=rows,
-        block_tokens=blocks.block_tokens,
-        splits=splits,
-        pieces=pieces,
-        width=head_dim // pieces,
-        order=pages.format.order,
-        value_order=pages.format.value_order,
-        causal=causal,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        gpu=not interpret,
-    )
-    if splits == 1:
-        out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    else:
-        partial = (batch, queries, heads, splits)
-        out_shape = [
-            jax.ShapeDtypeStruct((*partial, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(partial, jnp.float32),
-        ]
-    arrays = dict(
-        q=q,
-        data=pages.data
-        if pages.scales is not None
-        else lax.bitcast_convert_type(pages.data, jnp.bfloat16),  # no copy: another type's name
-        page_table=page_table,
-        lengths=lengths,
-        query_lengths=query_lengths,
-        layer=jnp.asarray(layer, jnp.int32).reshape(1),
-        scales=pages.scales,
-        sinks=sinks,
-        signs=None
-        if pages.format.order == 1
-        else jnp.asarray(arithmetic.signs_side_by_side(pages.format.order, head_dim, jnp.float16)),
-    )
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-
-    def named(*refs):
-        kernel(**dict(zip(arrays, refs, strict=False)), outputs=refs[len(arrays) :])
-
-    outputs = pl.pallas_call(
-        named,
-        grid=(splits, pages.kv_heads * query_blocks, batch),
-        out_shape=out_shape,
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(out_shape),
-        compiler_params=plt.CompilerParams(
-            # A warp has 16 rows of the matrix unit, or several times as many.
-            num_warps=min(blocks.num_warps, max(1, rows // 16)),
-            num_stages=blocks.num_stages,
-        ),
-        interpret=interpret,
-        name="prefill_attention",
-    )(*arrays.values())
-    if splits == 1:
-        return outputs[0]
-    mean, log_total = outputs
-    return join_splits(mean, log_total, q.dtype, interpret)
-
-
 def default_blocks(pages: Pages) -> Blocks:
     """The device's own."""
     bf16 = "_bf16" if pages.scales is None else ""
@@ -169,6 +72,33 @@ def default_blocks(pages: Pages) -> Blocks:
     share = pl.cdiv(pages.head_dim, 128)
     return dataclasses.replace(
         blocks, rows=blocks.rows // share, block_tokens=blocks.block_tokens // share
+    )
+
+
+def plan(blocks: Blocks, q: Float[Array, "B T H D"], pages: Pages, capacity: int) -> Plan:
+    """How to run it over contexts of at most `capacity` tokens."""
+    batch, queries, heads, head_dim = q.shape
+    group = heads // pages.kv_heads
+    # Less than 64 rows do not fill the matrix unit.
+    rows = max(64, power_of_two(queries * group))
+    rows = max(min(rows, blocks.rows), power_of_two(group))
+    query_blocks = pl.cdiv(queries, rows // group)
+    splits = min(
+        max(1, blocks.programs // (batch * pages.kv_heads * query_blocks)),
+        blocks.max_splits,
+        pl.cdiv(capacity, blocks.block_tokens),
+    )
+    signs = None
+    if pages.scales is not None:
+        signs = arithmetic.signs_side_by_side(pages.format.order, head_dim, jnp.float16)
+    return Plan(
+        functools.partial(_attend, rows=rows, block_tokens=blocks.block_tokens, splits=splits),
+        grid=(splits, pages.kv_heads * query_blocks, batch),
+        # A warp has 16 rows of the matrix unit, or several times as many.
+        num_warps=min(blocks.num_warps, max(1, rows // 16)),
+        slots=batch * splits if splits > 1 else 0,
+        chunk=power_of_two(splits),
+        signs=signs,
     )
 
 
@@ -184,17 +114,9 @@ def _attend(
     sinks=None,
     signs=None,
     outputs,
-    page_size: int,
-    kv_heads: int,
-    group: int,
-    queries: int,
-    block_queries: int,
-    query_blocks: int,
     rows: int,
     block_tokens: int,
     splits: int,
-    pieces: int,
-    width: int,
     order: int,
     value_order: int,
     causal: bool,
@@ -204,47 +126,41 @@ def _attend(
     gpu: bool,
 ):
     """One program. Arrays are whole; what is static comes after `outputs`."""
-    split, batch = pl.program_id(0), pl.program_id(2)
-    kv_head = lax.rem(pl.program_id(1), kv_heads)
-    # The last queries see most: they start first.
-    query_block = query_blocks - 1 - lax.div(pl.program_id(1), kv_heads)
-    length, real_queries, layer = lengths[batch], query_lengths[batch], layer[0]
     quantized = scales is not None
-
-    # --- Rows: which queries, and which tokens each may see: first .. last ----------------------
-    row = jnp.arange(rows)
-    query = query_block * block_queries + row // group
-    head = kv_head * group + row % group
-    stored = (row < block_queries * group) & (query < queries)
-    real = stored & (query < real_queries)
-    # Rows that are no queries see what the others see, so that they hinder nothing.
-    first_query = query_block * block_queries
-    last_query = jnp.minimum(first_query + block_queries, real_queries) - 1
-    position = length - real_queries + jnp.clip(query, first_query, last_query)
-    last = position if causal else jnp.broadcast_to(length - 1, row.shape)
-
-    # The tokens that some row sees are begin .. end - 1, those that all see full_begin ..
-    # full_end - 1.
-    if causal:
-        end = length - real_queries + last_query + 1
-        full_end = length - real_queries + first_query + 1
-    else:
-        end = full_end = length
-    end = jnp.where(last_query >= first_query, end, 0)
-    begin = full_begin = jnp.int32(0)
-    if window is not None:
-        begin = jnp.maximum(length - real_queries + first_query - window + 1, 0)
-        full_begin = jnp.maximum(length - real_queries + last_query - window + 1, 0)
+    kv_heads, page_size = data.shape[2], data.shape[4]
+    _, queries, heads, head_dim = q.shape
+    group, pieces = heads // kv_heads, 4 if quantized else 1
+    width = head_dim // pieces
+    part, head_block, batch = (pl.program_id(i) for i in range(3))
+    length, layer = lengths[batch], layer[0]
+    split = Split(batch, part, splits, batch * splits + part)
+    store_place(outputs, split, head_block == 0)
+    kv_head = lax.rem(head_block, kv_heads)
+    block_queries = min(queries, rows // group)
+    # The last queries see most: they start first.
+    query_block = pl.cdiv(queries, block_queries) - 1 - lax.div(head_block, kv_heads)
+    row = cut_rows(
+        q,
+        jnp.arange(rows),
+        first=query_block * block_queries,
+        block_queries=block_queries,
+        kv_head=kv_head,
+        group=group,
+        length=length,
+        real_queries=query_lengths[batch],
+        causal=causal,
+        window=window,
+    )
 
     # The blocks of this split, of them those that need no mask.
-    low, high = begin // block_tokens, pl.cdiv(end, block_tokens)
+    low, high = row.begin // block_tokens, pl.cdiv(row.end, block_tokens)
     per_split = pl.cdiv(high - low, splits)
-    low = low + split * per_split
+    low = low + part * per_split
     high = jnp.minimum(low + per_split, high)
-    full_high = jnp.clip(full_end // block_tokens, low, high)
+    full_high = jnp.clip(row.full_end // block_tokens, low, high)
     full_low = low
     if window is not None:
-        full_low = jnp.clip(pl.cdiv(full_begin, block_tokens), low, full_high)
+        full_low = jnp.clip(pl.cdiv(row.full_begin, block_tokens), low, full_high)
 
     # --- Channels: pieces side by side, each padded to a power of two ---------------------------
     size = padded(width)
@@ -282,16 +198,15 @@ def _attend(
 
     # --- Queries: rotated, as float16 within a power of two of 1 --------------------------------
     q_rows = plt.load(
-        q.at[batch, query[:, None], head[:, None], channel[None, :]],
-        mask=real[:, None] & inside[None, :],
+        q.at[batch, row.query[:, None], row.head[:, None], channel[None, :]],
+        mask=row.real[:, None] & inside[None, :],
         other=0,
     )
     factor = abs(scale) * LOG2_E if soft_cap is None else abs(scale) / soft_cap
     if quantized:
-        q_rows = q_rows.astype(jnp.float32)
-        if order > 1:
-            q_rows = rotate(q_rows, short=q.dtype.itemsize == 2)
-            factor *= order**-0.5
+        # Order 1 too, by the identity: what comes out of a product lies well for the loop below.
+        q_rows = rotate(q_rows.astype(jnp.float32), short=q.dtype.itemsize == 2)
+        factor *= order**-0.5
         magnitude = arithmetic.power_of_two_below(q_rows)
         q_rows = (q_rows * (1 / magnitude)).astype(jnp.float16)
         key_unit, value_unit = units()
@@ -348,9 +263,9 @@ def _attend(
             to_log2 = jnp.full((rows,), soft_cap * LOG2_E)
             scores = jnp.tanh(scores * jnp.broadcast_to(factor, (rows, 1)))
         if masked:
-            visible = token[None, :] <= last[:, None]
+            visible = token[None, :] <= row.last[:, None]
             if window is not None:
-                visible &= token[None, :] > (position - window)[:, None]
+                visible &= token[None, :] > (row.position - window)[:, None]
             scores = jnp.where(visible, scores, MASKED)
         new_bound = jnp.maximum(bound, jnp.max(scores, axis=1) * to_log2 - HEADROOM)
         decay = exp2(bound - new_bound, gpu)
@@ -366,8 +281,8 @@ def _attend(
 
     bound, total = jnp.full((rows,), MASKED), jnp.zeros((rows,), jnp.float32)
     if sinks is not None:  # a sink is a key with this score and no value, in the first split
-        sink = plt.load(sinks.at[head], mask=stored, other=0).astype(jnp.float32) * LOG2_E
-        has_sink = (split == 0) & (sink > MASKED)
+        sink = plt.load(sinks.at[row.head], mask=row.stored, other=0).astype(jnp.float32) * LOG2_E
+        has_sink = (part == 0) & (sink > MASKED)
         bound = jnp.where(has_sink, sink, MASKED)
         total = jnp.where(has_sink, 1.0, 0.0)
     carry: tuple = (pages_of(low), bound, total, jnp.zeros((rows, pieces * size), jnp.float32))
@@ -388,14 +303,9 @@ def _attend(
     _, bound, total, acc = carry
 
     # --- Output ---------------------------------------------------------------------------------
-    inverse = jnp.where(real, 1 / jnp.where(total > 0, total, 1), 0)
+    inverse = jnp.where(row.real, 1 / jnp.where(total > 0, total, 1), 0)
     x = acc * (inverse * value_unit)[:, None]
     if value_order > 1:
         x = rotate(jnp.where(inside[None, :], x, 0)) * value_order**-0.5
-    part = (split,) if len(outputs) == 2 else ()
-    index = outputs[0].at[batch, query[:, None], head[:, None], *part, channel[None, :]]
-    mask = inside[None, :] & stored[:, None]
-    plt.store(index, x.astype(outputs[0].dtype), mask=mask)
-    if len(outputs) == 2:
-        log_total = jnp.where(real & (total > 0), bound + jnp.log2(total), MASKED)
-        plt.store(outputs[1].at[batch, query, head, split], log_total, mask=stored)
+    log_total = jnp.where(total > 0, bound + jnp.log2(total), MASKED)
+    store(outputs, split, row, [(x, channel)], inside, log_total, axis=0)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PageFormat, init_pages, tuning
-from pallas_kernels.triton import attention, write
+from pallas_kernels.triton import attention, decode, write
+from pallas_kernels.triton.arithmetic import power_of_two
 from pallas_kernels.xla.write import write_kv as write_kv_xla
 from tests import cases, oracle
 from tests.pallas_kernels import test_write
@@ -50,7 +51,7 @@ def kernel_cases(all_cases):
 def attend(problem, mode, blocks=None, **options):
     case = problem.case
     if blocks is None and mode == INTERPRETED:
-        blocks = attention.Blocks(16, 16, 16, 16, 1, 1)
+        blocks = decode.Blocks(16, 16, 16, 16, 1, 1)
     static = dict(
         causal=case.causal,
         scale=case.head_dim**-0.5 if case.scale is None else case.scale,
@@ -105,7 +106,7 @@ def test_attention_equals_the_oracle(mode, case):
 def test_block_sizes_do_not_show(mode, programs, block_tokens, page_size):
     case = cases.AttentionCase("blocks", "split", page_size=page_size, lengths=(0, 150, 33))
     problem = Problem(case)
-    blocks = attention.Blocks(block_tokens, 16, programs, 64, 1, 2)
+    blocks = decode.Blocks(block_tokens, 16, programs, 64, 1, 2)
     assert_close(attend(problem, mode, blocks), problem)
 
 
@@ -131,17 +132,19 @@ def test_long_context_in_one_split_keeps_its_digits(mode):
     scale, _ = oracle.split(problem.words)
     minimum = (-7.5 * scale).astype(jnp.bfloat16).view(np.uint16)
     problem.words = (problem.words & 0xFFFF) | minimum.astype(np.uint32) << 16
-    assert_close(attend(problem, mode, attention.Blocks(64, 16, 1, 1, 1, 2)), problem, 1e-3)
+    assert_close(attend(problem, mode, decode.Blocks(64, 16, 1, 1, 1, 2)), problem, 1e-3)
 
 
 @pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
 @pytest.mark.parametrize(
-    "lengths", [(0, 0, 900, 0), (900, 33, 1, 64), (0,)], ids=["one long", "ragged", "none"]
+    "lengths",
+    [(0, 0, 900, 0), (900, 33, 1, 64), (0,), (40, 70, 0, 31, 64, 40, 33, 90)],
+    ids=["one long", "ragged", "none", "several in a program"],
 )
 def test_uneven_batches(mode, lengths):
     case = cases.AttentionCase("uneven", "split", lengths=lengths, kv_heads=1, page_size=32)
     problem = Problem(case)
-    blocks = attention.Blocks(32, 8, 6, 64, 1, 2)
+    blocks = decode.Blocks(32, 8, 6, 64, 1, 2)
     assert_close(attend(problem, mode, blocks), problem)
 
 
@@ -239,33 +242,48 @@ def test_large_problem_equals_xla(method, queries):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "slots"),
+    ("units", "slots"),
     [
-        ((0,), 8),
-        ((0, 500, 0, 0), 132),
-        ((512,), 132),
-        ((128, 13) * 16, 132),
-        ((129,) * 32, 132),
-        ((16,) * 256, 320),
-        ((6, 1, 0), 4),
-        ((87, 1, 0, 1), 9),
+        ((1,), 8),
+        ((1, 501, 1, 1), 132),
+        ((513,), 132),
+        ((129, 14) * 16, 128),
+        ((33, 5) * 64, 128),
+        ((130,) * 32, 128),
+        ((17,) * 256, 128),
+        ((7, 2, 1), 4),
+        ((88, 2, 1, 2), 8),
+        ((3, 1, 2, 9, 1), 1),
     ],
 )
-def test_every_block_is_one_slots(blocks, slots):
-    batch = len(blocks)
-    padded = np.pad(blocks, (0, attention._power_of_two(batch) - batch))
-    share = functools.partial(attention.share, batch=batch, slots=slots, max_splits=256)
-    owner, first, size = map(
-        np.asarray, jax.vmap(share, in_axes=(0, None))(jnp.arange(slots), jnp.array(padded))
+def test_every_unit_is_one_slots(units, slots):
+    padded = np.pad(units, (0, power_of_two(len(units)) - len(units)))
+    cut = jax.vmap(functools.partial(decode.share, slots=slots), in_axes=(0, None))
+    first, touched, start, low, high, total, used = map(
+        np.asarray, cut(jnp.arange(slots), jnp.array(padded))
     )
-    assert (size == size[0]).all()
-    splits = np.asarray(attention.count_splits(jnp.array(blocks), size[0], 256))
-    used = np.repeat(np.arange(batch), splits)
-    assert len(used) <= slots
-    np.testing.assert_array_equal(owner[: len(used)], used)
-    assert (owner[len(used) :] == batch).all()
-    np.testing.assert_array_equal(first[: len(used)], (np.cumsum(splits) - splits)[used])
-    assert max(-(-b // s) for b, s in zip(blocks, splits, strict=True)) <= size[0]
+    starts = np.cumsum(units) - units
+    owners = np.repeat(np.arange(len(units)), units)
+    assert low[0] == 0
+    assert high[used[0] - 1] == len(owners) == total[0]
+    for slot in range(slots):
+        own = owners[low[slot] : high[slot]] if slot < used[0] else []
+        assert touched[slot] == len(np.unique(own))
+        assert len(own) <= -(-len(owners) // used[0])
+        if len(own):
+            assert first[slot] == own[0]
+            assert start[slot] == starts[own[0]]
+            mine = np.arange(low[slot], high[slot])
+            assert (np.asarray(decode.slot_of(mine, total[slot], used[slot])) == slot).all()
+            assert slot == 0 or low[slot] == high[slot - 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "programs", "slots"),
+    [(1, 132, 64), (8, 132, 128), (32, 132, 128), (33, 132, 132), (70, 132, 132), (256, 132, 128)],
+)
+def test_equal_lengths_are_cut_evenly(batch, programs, slots):
+    assert decode.count_slots(batch, programs, max_splits=64) == slots
 
 
 # --- Writing --------------------------------------------------------------------------------
@@ -395,8 +413,8 @@ def test_supported_says_why_not():
 def test_every_tuning_file_has_every_operation():
     for path in pathlib.Path(tuning.__file__).parent.glob("*.json"):
         sizes = json.loads(path.read_text())
-        attention.Blocks(**sizes["decode_attention"])
-        attention.Blocks(**sizes["decode_attention_bf16"])
+        decode.Blocks(**sizes["decode_attention"])
+        decode.Blocks(**sizes["decode_attention_bf16"])
         write.Blocks(**sizes["write_kv"])
         write.Blocks(**sizes["write_kv_many"])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PageFormat, init_pages, tuning
-from pallas_kernels.triton import attention, prefill
+from pallas_kernels.triton import attention, decode, prefill
 from tests import cases, oracle
 from tests.pallas_kernels.test_attention import LAYER, Problem
 from tests.pallas_kernels.test_triton import (
@@ -171,7 +171,7 @@ def test_many_rows_are_for_prefill():
     sizes = dict(layers=1, num_pages=1, kv_heads=1, page_size=16)
     for layout in ("split", "bf16"):
         pages = init_pages(PageFormat(layout), head_dim=128, **sizes)
-        assert isinstance(attention.default_blocks(pages, 8), attention.Blocks)
+        assert isinstance(attention.default_blocks(pages, 8), decode.Blocks)
         blocks = attention.default_blocks(pages, 1000)
         assert isinstance(blocks, prefill.Blocks)
         wide = attention.default_blocks(init_pages(PageFormat(layout), head_dim=256, **sizes), 1000)
