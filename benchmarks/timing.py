@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ def device_kernels() -> Implementation:
 
 # (which of UNROLL, carry, data) -> carry
 Step = Callable[[int, Any, Any], Any]
+Chain = tuple[Step, Any, Any]
 
 
 def compile_chain(step: Step, carry: Any, data: Any, *, length: int) -> jax.stages.Compiled:
@@ -47,6 +49,35 @@ def compile_chain(step: Step, carry: Any, data: Any, *, length: int) -> jax.stag
         return lax.fori_loop(0, length // UNROLL, body, carry)
 
     return jax.jit(chain, donate_argnums=0).lower(carry, data).compile()
+
+
+def compile_all(
+    makers: Mapping[Any, Callable[[], tuple[Step, Any, Any]]], *, length: int
+) -> dict[Any, concurrent.futures.Future[jax.stages.Compiled]]:
+    """Compiles chains on all cores at once: before anything is timed, never beside it.
+
+    Args:
+      makers: functions that return what `compile_chain` takes. Only shapes are asked of them: no
+        array is made.
+      length: as `compile_chain`'s.
+
+    Returns:
+      By the same keys, the programs as futures that are done: `result()` raises what went wrong.
+    """
+
+    def compile_one(make):
+        steps = []
+
+        def arrays():
+            step, *rest = make()
+            steps.append(step)
+            return rest
+
+        carry, data = jax.eval_shape(arrays)
+        return compile_chain(steps[0], carry, data, length=length)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {key: pool.submit(compile_one, make) for key, make in makers.items()}
 
 
 def time_chain(
@@ -99,7 +130,7 @@ def time_chain(
 
 
 def time_alternately(
-    chains: dict[str, tuple[Step, Any, Any]],
+    chains: dict[str, Chain],
     *,
     length: int = 32,
     runs: int = 40,
@@ -152,24 +183,30 @@ def copies(size: int, total: int = 400_000_000) -> int:
 # --- Ceilings ---------------------------------------------------------------------------------
 
 
-@functools.cache
-def read_ceiling(size: int, **options) -> float:
-    """GB/s of a kernel that only reads `size` bytes: the best of a few block sizes."""
-    times = [time_chain(*chain, **options)["median_us"] for chain in _touching(size, False)]
-    return size / min(times) / 1e3
+def ceilings(sizes: Sequence[int], *, length: int = 32, **options) -> dict[int, float]:
+    """GB/s of a kernel that only reads so many bytes: the best of a few block sizes."""
+    makers = {
+        (size, i): maker for size in sizes for i, maker in enumerate(_touching(size, copy=False))
+    }
+    programs = compile_all(makers, length=length)
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for key, make in makers.items():
+        timed = time_chain(*make(), chain=programs[key].result(), length=length, **options)
+        times[key[0]].append(timed["median_us"])
+    return {size: size / min(here) / 1e3 for size, here in times.items()}
 
 
-def copy_chains(size: int) -> list[tuple[Step, jax.Array, jax.Array]]:
+def copy_chains(size: int) -> list[Chain]:
     """What `time_chain` takes: copying half of `size` bytes, with a few block sizes."""
-    return list(_touching(size, True))
+    return [make() for make in _touching(size, copy=True)]
 
 
-def _touching(size: int, copy: bool) -> Iterator[tuple[Step, jax.Array, jax.Array]]:
-    touch, sizes = {
+def _touching(size: int, copy: bool) -> list[Callable[[], Chain]]:
+    touch, blocks = {
         "gpu": (touch_by_triton, (8192, 16384, 32768)),
         "tpu": (touch_by_mosaic, (1 << 19, 1 << 20, 1 << 21)),
     }[jax.default_backend()]
-    return (touch(size, copy, block) for block in sizes)
+    return [functools.partial(touch, size, copy, block) for block in blocks]
 
 
 def touch_by_triton(size: int, copy: bool, block_bytes: int) -> tuple[Step, jax.Array, jax.Array]:

@@ -184,8 +184,9 @@ def join_limbs(x: Int32[Array, "m 2*n"]) -> Float[Array, "m n"]:
 
 def largest_magnitude(xs: list[Float[Array, "m n"]]) -> Float[Array, "m"]:
     """Over axis 1 of all. NaN counts: compared as integers, where a float `max` passes over it."""
-    bits = [jnp.max(lax.bitcast_convert_type(jnp.abs(x), jnp.int32), axis=1) for x in xs]
-    return lax.bitcast_convert_type(functools.reduce(jnp.maximum, bits), jnp.float32)
+    bits = [lax.bitcast_convert_type(jnp.abs(x), jnp.int32) for x in xs]
+    largest = jnp.max(functools.reduce(jnp.maximum, bits), axis=1)
+    return lax.bitcast_convert_type(largest, jnp.float32)
 
 
 # --- Scales -----------------------------------------------------------------------------------

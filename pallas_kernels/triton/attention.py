@@ -37,7 +37,7 @@ def supported(
 
 def default_blocks(pages: Pages, rows: int) -> Blocks:
     """The device's own for so many query rows of a sequence and KV head."""
-    blocks = decode.default_blocks(pages)
+    blocks = decode.default_blocks(pages, rows)
     return blocks if rows <= blocks.rows else prefill.default_blocks(pages)
 
 
@@ -113,4 +113,6 @@ def paged_attention(
         interpret=interpret,
         name=name,
     )(*arrays.values())
-    return join_splits(*outputs, plan.chunk, interpret) if plan.slots else outputs[0]
+    return (
+        join_splits(*outputs, chunk=plan.chunk, interpret=interpret) if plan.slots else outputs[0]
+    )

@@ -42,7 +42,7 @@ from pallas_kernels.triton.arithmetic import (
     padded,
     power_of_two,
 )
-from pallas_kernels.triton.work import Plan, Split, cut_rows, store, store_place
+from pallas_kernels.triton.work import Plan, Split, cut_rows, page_ids, store, store_place
 
 # How many bytes the matrix unit sums at a time.
 LEAST = 32
@@ -59,8 +59,8 @@ class Blocks:
     Attributes:
       block_tokens: tokens in a turn of the loop; a power of two, at least 32.
       rows: most query rows in a program; a power of two, at least 8.
-      programs: contexts are split into about so many programs, as many as the device runs at once,
-      max_splits: and into no more parts than this: joining them takes time too.
+      programs: about so many share the work, as many as the device runs at once,
+      max_splits: and no more than this for each sequence: joining splits takes time too.
       num_warps: warps of a program.
       num_stages: depth of the software pipeline. A page id is a load of its own, ahead of its
         page's: a true double buffer is five stages.
@@ -74,12 +74,16 @@ class Blocks:
     num_stages: int
 
 
-def default_blocks(pages: Pages) -> Blocks:
-    """The device's own."""
+def default_blocks(pages: Pages, rows: int) -> Blocks:
+    """The device's own for so many query rows of a sequence and KV head."""
     bf16 = "_bf16" if pages.scales is None else ""
     blocks = Blocks(**tuning.blocks("decode_attention" + bf16))
-    # The accumulator grows with the head dim: so must the registers.
-    return dataclasses.replace(blocks, num_warps=blocks.num_warps * pl.cdiv(pages.head_dim, 128))
+    # The accumulator grows with the head dim, scores with the rows: registers must suffice.
+    return dataclasses.replace(
+        blocks,
+        num_warps=blocks.num_warps * pl.cdiv(pages.head_dim, 128),
+        block_tokens=blocks.block_tokens // (2 if rows > 8 else 1),
+    )
 
 
 def plan(blocks: Blocks, q: Float[Array, "B T H D"], pages: Pages) -> Plan:
@@ -121,7 +125,9 @@ def count_slots(batch: int, programs: int, max_splits: int) -> int:
     return even if 8 * even >= 7 * slots else slots
 
 
-def share(slot: Int[Array, ""], units: Int[Array, "n"], slots: int) -> tuple[Int[Array, ""], ...]:
+def share(
+    slot: Int[Array, ""], units: Int[Array, "n"], slots: int | Int[Array, ""]
+) -> tuple[Int[Array, ""], ...]:
     """Cuts all sequences, one after the other, into ranges of equal size, one for each slot.
 
     Every program finds its own from all lengths: what computes a list first is launches of its own.
@@ -162,8 +168,10 @@ def _attend(*, lengths, query_lengths, outputs, block_tokens, window, **argument
     head_block, slot = pl.program_id(0), pl.program_id(1)
     slots, batch = pl.num_programs(1), lengths.shape[0]
     index = jnp.arange(power_of_two(batch))
-    counts = [plt.load(x.at[index], mask=index < batch, other=0) for x in (lengths, query_lengths)]
-    begin, end = _visible_blocks(*counts, window, block_tokens)
+    all_lengths, all_queries = (
+        plt.load(x.at[index], mask=index < batch, other=0) for x in (lengths, query_lengths)
+    )
+    begin, end = _visible_blocks(all_lengths, all_queries, window, block_tokens)
     units = jnp.where(index < batch, end - begin + START, 0)
     first_sequence, touched, start, low, high, *cut = share(slot, units, slots)
 
@@ -227,27 +235,33 @@ def _attend_split(
     gpu: bool,
 ):
     """Blocks low .. high - 1 of a sequence, which are one of its splits."""
-    quantized = scales is not None
-    kv_heads, page_size = data.shape[2], data.shape[4]
-    _, queries, heads, head_dim = q.shape
-    group, pieces = heads // kv_heads, 4 if quantized else 1
-    width = head_dim // pieces
+    quantized, page_size = scales is not None, data.shape[4]
+    pieces = 4 if quantized else 1
+    width = q.shape[3] // pieces
     batch, layer = split.sequence, layer[0]
-    kv_head = lax.rem(head_block, kv_heads)
-    block_queries = min(queries, rows // group)
     cut = functools.partial(
         cut_rows,
-        q,
-        first=lax.div(head_block, kv_heads) * block_queries,
-        block_queries=block_queries,
-        kv_head=kv_head,
-        group=group,
+        head_block=head_block,
+        rows=rows,
+        q=q,
+        data=data,
         length=length,
         real_queries=real_queries,
         causal=causal,
         window=window,
     )
     row = cut(jnp.arange(rows))
+
+    pages_of = functools.partial(
+        page_ids,
+        page_table,
+        batch,
+        block_tokens=block_tokens,
+        page_size=page_size,
+        length=length,
+    )
+    low = jnp.maximum(low, row.begin // block_tokens)
+    high = jnp.minimum(high, pl.cdiv(row.end, block_tokens))
 
     # --- Queries: rotated, as float16 within a power of two of 1 --------------------------------
     size = padded(width, LEAST)
@@ -281,9 +295,9 @@ def _attend_split(
 
         largest = arithmetic.largest_magnitude(q_pieces) + 1e-30
         inverse_step = (LARGEST_LIMBS / largest)[:, None]
-        sums = [jnp.sum(x, axis=1) for x in q_pieces]
-        total_query = factor * row_values(sums[0] + sums[1] + sums[2] + sums[3])
-        odd_query = 8 * factor * row_values(sums[1] + sums[3])
+        odd = q_pieces[1] + q_pieces[3]
+        total_query = factor * row_values(jnp.sum(q_pieces[0] + q_pieces[2] + odd, axis=1))
+        odd_query = 8 * factor * row_values(jnp.sum(odd, axis=1))
         per_unit = row_values(largest) * (factor / (16 * LARGEST_LIMBS))
         which = jnp.arange(2 * rows)[:, None] % 2
         q_pieces = [arithmetic.limb(x * inverse_step, which).T for x in q_pieces]
@@ -294,34 +308,30 @@ def _attend_split(
 
     def attend_block(block, carry, masked=True):
         running_max, total, shift, spread, *acc = carry
+        page = pages_of(block)
         token = block * block_tokens + jnp.arange(block_tokens)
-        if page_size % block_tokens == 0:  # the block lies in one page
-            page = page_table[batch, lax.div(block, page_size // block_tokens)]
+        offset = lax.rem(token, page_size)
+        if page_size % block_tokens == 0:
             offset = lax.rem(block, page_size // block_tokens) * block_tokens
             offset = offset + jnp.arange(block_tokens)
-            page_of_row = page_of_column = page
-        else:
-            within = jnp.minimum(token, length - 1)
-            page = plt.load(page_table.at[batch, lax.div(within, page_size)])
-            offset = lax.rem(within, page_size)
-            page_of_row, page_of_column = page[:, None], page[None, :]
+        page_of_row, page_of_column = (page[:, None], page[None, :]) if page.ndim else (page, page)
 
         def load_keys():  # [tokens, width]
-            index = data.at[layer, page_of_row, kv_head, 0, offset[:, None], column[None, :]]
+            index = data.at[layer, page_of_row, row.kv_head, 0, offset[:, None], column[None, :]]
             if size == width:
                 return plt.load(index)
             mask = jnp.broadcast_to(inside[None, :], (block_tokens, size))
             return plt.load(index, mask=mask, other=0)
 
         def load_values():  # [width, tokens]
-            index = data.at[layer, page_of_column, kv_head, 1, offset[None, :], column[:, None]]
+            index = data.at[layer, page_of_column, row.kv_head, 1, offset[None, :], column[:, None]]
             if size == width:
                 return plt.load(index)
             mask = jnp.broadcast_to(inside[:, None], (size, block_tokens))
             return plt.load(index, mask=mask, other=0)
 
         def load_scales(kind):
-            return plt.load(scales.at[layer, page, kv_head, kind, offset])
+            return plt.load(scales.at[layer, page, row.kv_head, kind, offset])
 
         # Scores [tokens, rows].
         keys = load_keys()
@@ -402,8 +412,6 @@ def _attend_split(
     total = jnp.where(first, sink_total[None, :], partial)
     carry: tuple = (running_max, total, partial, partial, *acc)
 
-    low = jnp.maximum(low, row.begin // block_tokens)
-    high = jnp.minimum(high, pl.cdiv(row.end, block_tokens))
     if not quantized and window is None:
         # The mask of bfloat16 values costs more than a loop of its own for the last block.
         middle = jnp.clip(row.full_end // block_tokens, low, jnp.maximum(low, high))

@@ -20,6 +20,7 @@ def join_splits(
     means: Float[Array, "slots T H D"],
     log_totals: Float[Array, "slots T H"],
     places: Int[Array, "B 2"],
+    *,
     chunk: int,
     interpret: bool,
 ) -> Float[Array, "B T H D"]:

@@ -36,7 +36,7 @@ from pallas_kernels.triton.arithmetic import (
     padded,
     power_of_two,
 )
-from pallas_kernels.triton.work import Plan, Split, cut_rows, store, store_place
+from pallas_kernels.triton.work import Plan, Split, cut_rows, page_ids, store, store_place
 
 # Weights are at most 2**HEADROOM, the closer to float16's largest the more small ones count.
 HEADROOM = 15
@@ -126,26 +126,21 @@ def _attend(
     gpu: bool,
 ):
     """One program. Arrays are whole; what is static comes after `outputs`."""
-    quantized = scales is not None
-    kv_heads, page_size = data.shape[2], data.shape[4]
-    _, queries, heads, head_dim = q.shape
-    group, pieces = heads // kv_heads, 4 if quantized else 1
-    width = head_dim // pieces
-    part, head_block, batch = (pl.program_id(i) for i in range(3))
+    quantized, page_size = scales is not None, data.shape[4]
+    pieces = 4 if quantized else 1
+    width = q.shape[3] // pieces
+    part, batch = pl.program_id(0), pl.program_id(2)
+    # The last queries see most: they start first.
+    head_block = pl.num_programs(1) - 1 - pl.program_id(1)
     length, layer = lengths[batch], layer[0]
     split = Split(batch, part, splits, batch * splits + part)
     store_place(outputs, split, head_block == 0)
-    kv_head = lax.rem(head_block, kv_heads)
-    block_queries = min(queries, rows // group)
-    # The last queries see most: they start first.
-    query_block = pl.cdiv(queries, block_queries) - 1 - lax.div(head_block, kv_heads)
     row = cut_rows(
-        q,
         jnp.arange(rows),
-        first=query_block * block_queries,
-        block_queries=block_queries,
-        kv_head=kv_head,
-        group=group,
+        head_block=head_block,
+        rows=rows,
+        q=q,
+        data=data,
         length=length,
         real_queries=query_lengths[batch],
         causal=causal,
@@ -175,7 +170,7 @@ def _attend(
             page = plt.load(page_table.at[batch, lax.div(token, page_size)], mask=seen, other=0)
             out = []
             for kind in (0, 1):
-                index = scales.at[layer, page, kv_head, kind, lax.rem(token, page_size)]
+                index = scales.at[layer, page, row.kv_head, kind, lax.rem(token, page_size)]
                 step, minimum = arithmetic.split_scales(plt.load(index, mask=seen, other=0))
                 size = jnp.maximum(step * arithmetic.LARGEST_STEP, jnp.abs(minimum))
                 out.append(jnp.maximum(largest[kind], jnp.where(size < jnp.inf, size, 0)))
@@ -222,10 +217,14 @@ def _attend(
     word = jnp.arange(size)
     block_token = jnp.arange(block_tokens)
 
-    def pages_of(block):
-        token = block * block_tokens
-        token = jnp.minimum(token if one_page else token + block_token, jnp.maximum(length - 1, 0))
-        return plt.load(page_table.at[batch, lax.div(token, page_size)])
+    pages_of = functools.partial(
+        page_ids,
+        page_table,
+        batch,
+        block_tokens=block_tokens,
+        page_size=page_size,
+        length=length,
+    )
 
     def attend_block(block, carry, masked, q_rows):
         page, bound, total, acc = carry
@@ -238,7 +237,7 @@ def _attend(
 
         def load(kind, unit):  # [tokens, columns]
             page_of_row = page if one_page else page[:, None]
-            index = data.at[layer, page_of_row, kv_head, kind, offset[:, None], word[None, :]]
+            index = data.at[layer, page_of_row, row.kv_head, kind, offset[:, None], word[None, :]]
             if size == width:
                 rows = plt.load(index)
             else:
@@ -247,7 +246,7 @@ def _attend(
             written = token < length  # a slot never written may hold anything, and 0 * nan is nan
             if not quantized:
                 return jnp.where(written[:, None], rows, 0) if masked and kind == 1 else rows
-            words = plt.load(scales.at[layer, page, kv_head, kind, offset])
+            words = plt.load(scales.at[layer, page, row.kv_head, kind, offset])
             if masked:
                 words = jnp.where(written, words, jnp.uint32(0))
             step, minimum = (x * (1 / unit) for x in arithmetic.split_scales(words))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
     """Query rows of a program, and which tokens they see.
 
     Attributes:
+      kv_head: all rows'.
       query: which of the T tokens.
       head: which of the H query heads.
       stored: the row is one of the output's,
@@ -50,6 +52,7 @@ class Rows(NamedTuple):
       full_begin, full_end: all rows see one of these.
     """
 
+    kv_head: Int[Array, ""]
     query: Int[Array, "rows"]
     head: Int[Array, "rows"]
     stored: Bool[Array, "rows"]
@@ -63,22 +66,25 @@ class Rows(NamedTuple):
 
 
 def cut_rows(
-    q,
     row: Int[Array, "rows"],
     *,
-    first: Int[Array, ""],
-    block_queries: int,
-    kv_head: Int[Array, ""],
-    group: int,
+    head_block: Int[Array, ""],
+    rows: int,
+    q,
+    data,
     length: Int[Array, ""],
     real_queries: Int[Array, ""],
     causal: bool,
     window: int | None,
 ) -> Rows:
-    """The rows with these numbers of a block of `block_queries` tokens, of which one is `first`."""
-    query = first + row // group
-    head = kv_head * group + row % group
-    stored = (row < block_queries * group) & (query < q.shape[1])
+    """The rows of these numbers in a block of `rows`: all KV heads' first blocks come first."""
+    kv_heads, queries = data.shape[2], q.shape[1]
+    group = q.shape[2] // kv_heads
+    block_queries = min(queries, rows // group)
+    kv_head = lax.rem(head_block, kv_heads)
+    first = lax.div(head_block, kv_heads) * block_queries
+    query, head = first + row // group, kv_head * group + row % group
+    stored = (row < block_queries * group) & (query < queries)
     # Rows that are no queries see what the others see, so that they hinder nothing.
     history = length - real_queries
     last_query = jnp.minimum(first + block_queries, real_queries) - 1
@@ -87,13 +93,33 @@ def cut_rows(
     end = full_end = length
     if causal:
         end, full_end = history + last_query + 1, history + first + 1
-    end = jnp.where(last_query >= first, end, 0)
     begin = full_begin = jnp.int32(0)
     if window is not None:
-        begin = jnp.maximum(history + first - window + 1, 0)
-        full_begin = jnp.maximum(history + last_query - window + 1, 0)
-    real = stored & (query < real_queries)
-    return Rows(query, head, stored, real, position, last, begin, end, full_begin, full_end)
+        begin, full_begin = (jnp.maximum(history + x - window + 1, 0) for x in (first, last_query))
+    return Rows(
+        kv_head=kv_head,
+        query=query,
+        head=head,
+        stored=stored,
+        real=stored & (query < real_queries),
+        position=position,
+        last=last,
+        begin=begin,
+        end=jnp.where(last_query >= first, end, 0),
+        full_begin=full_begin,
+        full_end=full_end,
+    )
+
+
+def page_ids(
+    page_table, sequence, block, *, block_tokens: int, page_size: int, length
+) -> Int[Array, "#block_tokens"]:
+    """The page of each token of a block, or of all if they lie in one. Past the end, the last."""
+    token = block * block_tokens + jnp.arange(block_tokens)
+    if page_size % block_tokens == 0:
+        token = block * block_tokens
+    token = jnp.minimum(token, jnp.maximum(length - 1, 0))
+    return plt.load(page_table.at[sequence, lax.div(token, page_size)])
 
 
 # --- Outputs ------------------------------------------------------------------------------------
@@ -114,15 +140,12 @@ def output_shapes(q: Float[Array, "B T H D"], slots: int) -> list[jax.ShapeDtype
     The output, of sequences that are one split; and if there are slots for more, each split's mean,
     log2 of its total weight, and for each sequence its first slot and how many splits it is.
     """
-    if not slots:
-        return [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    batch, queries, heads, head_dim = q.shape
-    return [
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((slots, queries, heads, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((slots, queries, heads), jnp.float32),
-        jax.ShapeDtypeStruct((batch, 2), jnp.int32),
-    ]
+    out = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if slots:
+        out += [jax.ShapeDtypeStruct((slots, *q.shape[1:]), jnp.float32)]
+        out += [jax.ShapeDtypeStruct((slots, *q.shape[1:-1]), jnp.float32)]
+        out += [jax.ShapeDtypeStruct((q.shape[0], 2), jnp.int32)]
+    return out
 
 
 def store_place(outputs, split: Split, once: Bool[Array, ""]) -> None:
@@ -149,19 +172,23 @@ def store(
 ) -> None:
     """What a split comes to: channels of the mean and which ones, rows along `axis`."""
     out, *partial = outputs
-    alone = split.splits == 1
     query, head, stored = (
         jnp.expand_dims(x, 1 - axis) for x in (rows.query, rows.head, rows.stored)
     )
     mask = stored & jnp.expand_dims(inside, axis)
-    for x, channel in means:
-        channel = jnp.expand_dims(channel, axis)
-        index = out.at[split.sequence, query, head, channel]
-        plt.store(index, x.astype(out.dtype), mask=mask & alone)
-        if partial:
-            index = partial[0].at[split.slot, query, head, channel]
-            plt.store(index, x, mask=mask & jnp.logical_not(alone))
-    if partial:
-        log_total = jnp.where(rows.real, log_total, MASKED)
-        index = partial[1].at[split.slot, rows.query, rows.head]
-        plt.store(index, log_total, mask=rows.stored & jnp.logical_not(alone))
+
+    def store_means(ref, place, mask):
+        for x, channel in means:
+            index = ref.at[place, query, head, jnp.expand_dims(channel, axis)]
+            plt.store(index, x.astype(ref.dtype), mask=mask)
+
+    if not partial:
+        return store_means(out, split.sequence, mask)
+    stored = rows.stored
+    if not isinstance(split.splits, int):  # some sequences are one split, as lengths have it
+        alone = split.splits == 1
+        store_means(out, split.sequence, mask & alone)
+        mask, stored = mask & ~alone, stored & ~alone
+    store_means(partial[0], split.slot, mask)
+    log_total = jnp.where(rows.real, log_total, MASKED)
+    plt.store(partial[1].at[split.slot, rows.query, rows.head], log_total, mask=stored)

@@ -149,6 +149,9 @@ def main() -> None:
     bdr = PageFormat("split", 128)
     programs = {
         "triton decode": lambda: compile_attention(topology, bdr, queries=1, head_dim=128),
+        "triton decode 16 rows": lambda: compile_attention(
+            topology, bdr, queries=1, head_dim=128, q_heads=128
+        ),
         "triton decode bf16": lambda: compile_attention(
             topology, PageFormat("bf16"), queries=1, head_dim=128
         ),

@@ -169,10 +169,10 @@ def test_large_problem_equals_xla(layout, page_size, q_heads):
 
 def test_many_rows_are_for_prefill():
     sizes = dict(layers=1, num_pages=1, kv_heads=1, page_size=16)
-    for layout in ("split", "bf16"):
+    for layout, most in (("split", 16), ("bf16", 8)):
         pages = init_pages(PageFormat(layout), head_dim=128, **sizes)
-        assert isinstance(attention.default_blocks(pages, 8), decode.Blocks)
-        blocks = attention.default_blocks(pages, 1000)
+        assert isinstance(attention.default_blocks(pages, most), decode.Blocks)
+        blocks = attention.default_blocks(pages, most + 1)
         assert isinstance(blocks, prefill.Blocks)
         wide = attention.default_blocks(init_pages(PageFormat(layout), head_dim=256, **sizes), 1000)
         assert wide == dataclasses.replace(
