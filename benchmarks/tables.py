@@ -24,7 +24,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {"bf16": "BF16", "int4": "INT4", "bdr": "BDR"}
 TPU_FOLDERS = ("tpu_v5e", "tpu_v6e", "tpu7x")
-DECODE, MOSAIC = "h200/decode_attention.json", "h200/decode_attention_mosaic.json"
+DECODE = (
+    "h200/decode_attention.json",
+    "h200/decode_attention_mosaic.json",
+    "h200/decode_attention_ragged.json",
+)
 ACCURACY = "accuracy/reference.json"
 OUTLIERS = "accuracy/reference_outliers.json"  # three methods on ten times the text
 STORIES = "accuracy/stories260k.json"
@@ -101,20 +105,23 @@ def summary() -> str:
         scores = cells(rows_of(demo), "outlier_scale")[scale]
         return join(f"{scores[method]['kl']:.4f}" for method in METHODS)
 
-    here = dict(batch=32, context=8192, q_heads=32, kv_heads=8, head_dim=128, ragged=False)
-    bf16 = fastest(DECODE, "bf16", ".0f", peer=False, **here)
-    bdr = fastest(MOSAIC, "bdr", ".0f", peer=False, **here)
+    decoding = medians(
+        decode_shapes(ragged=False)[32, 8192],
+        ("triton bf16", "mosaic_gpu int4", "mosaic_gpu bdr"),
+        ".0f",
+        none="not timed",
+    )
     rows = [
         "bits a value (head dimension 128) | 16 | 4.25 | 4.25",
         f"KL to BF16, bundled 6 M model, as trained | {kl(1)}",
         f"KL to BF16, bundled 6 M model, one key channel pair 16 times larger | {kl(16)}",
-        f"decode attention, H200, 32 sequences of 8k tokens, µs | {bf16} | not timed | {bdr}",
+        f"decode attention, H200, 32 sequences of 8k tokens, µs | {decoding}",
         "writing 8192 tokens to one layer, H200, µs | "
         + three(write, ".1f", op="write_kv", tokens=8192, rotate_v=False),
         "decode step of Qwen3-8B's shape, H200, 64 sequences of 4k tokens, ms | "
         + three(step, ".1f", us=1e3, batch=64, context=4096),
     ]
-    files = demo, DECODE, MOSAIC, write, step
+    files = demo, *DECODE[:2], write, step
     raw = ", ".join(f"[{file}](benchmarks/results/{file})" for file in files)
     return markdown(f" | {each('{}')}", rows) + f"\nFrom {raw}.\n"
 
@@ -170,40 +177,37 @@ def decode_step_gpu() -> str:
     return markdown(head, rows, file)
 
 
-def decode_attention() -> str:
-    """Decode attention on an H200 over shapes: Triton in one run, Mosaic GPU in another."""
+def decode_shapes(*, ragged: bool) -> dict[tuple[int, int], dict[str, dict]]:
+    """Decode attention by shape, then by implementation and method."""
+    here = dict(q_heads=32, kv_heads=8, head_dim=128, page_size=64, ragged=ragged)
+    rows = [row for file in DECODE for row in rows_of(file, **here)]
 
     def name(row: dict) -> str:
-        return row["implementation" if row["peer"] else "method"]
+        return f"{row['implementation']} {row['method']}"
 
-    mosaic, rows = cells(rows_of(MOSAIC), "batch", "context"), []
-    for shape, here in cells(rows_of(DECODE), "batch", "context", column=name).items():
-        batch, context = shape
-        line = (
-            f"{batch} | {context:,} | {medians(here, ('cudnn', *METHODS))}"
-            f" | {here['bdr']['fraction_of_ceiling']:.0%} | "
+    return cells(rows, "batch", "context", column=name)
+
+
+def decode_attention(*, ragged: bool = False) -> str:
+    """Decode attention on an H200 over shapes: by Triton, and by Mosaic GPU."""
+    names = ["cudnn bf16", *(f"triton {method}" for method in METHODS), "mosaic_gpu bdr"]
+    rows = []
+    for (batch, context), here in decode_shapes(ragged=ragged).items():
+        cudnn, *_, triton, mosaic = (here.get(name) for name in names)
+        share = [f"{row['fraction_of_ceiling']:.0%}" if row else "" for row in (triton, mosaic)]
+        gain = f"{cudnn['median_us'] / mosaic['median_us']:.1f}x" if cudnn and mosaic else ""
+        rows.append(
+            f"{batch} | {context:,} | {medians(here, names[:-1])} | {share[0]}"
+            f" | {medians(here, names[-1:])} | {share[1]} | {gain}"
         )
-        if shape in mosaic:
-            best = mosaic[shape]["bdr"]
-            gain = here["cudnn"]["median_us"] / best["median_us"]
-            line += f"{best['median_us']:.1f} | {best['fraction_of_ceiling']:.0%} | {gain:.1f}x"
-        else:
-            line += " |  | "
-        rows.append(line)
     head = f"batch | context | cuDNN dense BF16 µs | {each('{} µs')} | of ceiling"
     head += " | BDR, Mosaic GPU µs | of ceiling | against cuDNN"
-    return markdown(head, rows, DECODE, MOSAIC)
+    return markdown(head, rows, *([DECODE[-1]] if ragged else DECODE[:2]))
 
 
 def decode_ragged() -> str:
-    """Decode attention on an H200 where every second sequence has a tenth of the context."""
-    file = "h200/decode_attention_ragged.json"
-    rows = [
-        f"{batch} | {context:,} | {medians(here, METHODS)}"
-        f" | {here['bdr']['fraction_of_ceiling']:.0%}"
-        for (batch, context), here in cells(rows_of(file), "batch", "context").items()
-    ]
-    return markdown(f"batch | context | {each('{} µs')} | BDR of ceiling", rows, file)
+    """The same where every second sequence has a tenth of the context."""
+    return decode_attention(ragged=True)
 
 
 def prefill() -> str:
