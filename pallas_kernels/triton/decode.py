@@ -1,8 +1,8 @@
-"""`paged_attention` as one Pallas kernel for NVIDIA GPUs, and a small one that joins its splits.
+"""`paged_attention` for few query rows of a sequence, as one Pallas kernel for NVIDIA GPUs.
 
-A program takes one sequence, one KV head, a block of its query rows (T * G of them: the G query
-heads of a KV head for each of T tokens) and one split of the context, and walks over blocks of
-tokens with an online softmax. What makes it follow memory rather than arithmetic:
+A program takes one KV head, a block of its query rows (see `work`) and a share of the blocks of
+tokens of all sequences, and walks over those of one sequence after the other with an online
+softmax. What makes it follow memory rather than arithmetic:
 
 - Operands are swapped: scores are `[tokens, rows]` = K qᵀ and the output `[D, rows]` += Vᵀ Pᵀ, so
   that tokens and channels fill the long sides of the matrix unit.
@@ -13,7 +13,7 @@ tokens with an online softmax. What makes it follow memory rather than arithmeti
   halves meet again within a thread.
 - Weights are integers in units of their own block's largest, so that many small ones beside a
   large one, and values of any magnitude, keep their digits.
-- Splits are about equal, whatever the lengths: see `share`.
+- Shares are equal, whatever the lengths, and end within sequences: see `share`.
 
 Scores are in units of log2: exp2 is the machine's own.
 """
@@ -79,9 +79,11 @@ def default_blocks(pages: Pages, rows: int) -> Blocks:
     bf16 = "_bf16" if pages.scales is None else ""
     blocks = Blocks(**tuning.blocks("decode_attention" + bf16))
     # The accumulator grows with the head dim, scores with the rows: registers must suffice.
+    size = pl.cdiv(pages.head_dim, 128)
     return dataclasses.replace(
         blocks,
-        num_warps=blocks.num_warps * pl.cdiv(pages.head_dim, 128),
+        rows=max(8, blocks.rows // size),
+        num_warps=blocks.num_warps * size,
         block_tokens=blocks.block_tokens // (2 if rows > 8 else 1),
     )
 
