@@ -52,7 +52,7 @@ def compile_chain(step: Step, carry: Any, data: Any, *, length: int) -> jax.stag
 
 
 def compile_all(
-    makers: Mapping[Any, Callable[[], tuple[Step, Any, Any]]], *, length: int
+    makers: Mapping[Any, Callable[[], Chain]], *, length: int
 ) -> dict[Any, concurrent.futures.Future[jax.stages.Compiled]]:
     """Compiles chains on all cores at once: before anything is timed, never beside it.
 
