@@ -1,8 +1,9 @@
 """Decode step of a whole model: compile time, step time and memory over batch and context.
 
     python -m benchmarks.decode_step --json benchmarks/results/cpu/decode_step.json
-    python -m benchmarks.decode_step --model Qwen3-8B --dtype bfloat16 --page-size 64 --steps 64 \
-        --batch 1 8 32 64 128 256 --context 1024 4096 16384 --trace 8 --runs 2 \
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python -m benchmarks.decode_step --model Qwen3-8B \
+        --dtype bfloat16 --page-size 64 --steps 64 --runs 2 --batch 1 8 32 64 128 256 \
+        --context 1024 4096 16384 --trace 1 8 64 --compile-at-once 16 \
         --json benchmarks/results/h200/decode_step.json --plot decode_step.png
 
 Runs `saw_int4_jax.decode`, the jitted loop that users run, with random weights and a cache filled
@@ -14,32 +15,34 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import pathlib
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from pallas_kernels import Pages, page_format
-from pallas_kernels.implementation import KERNELS
+from pallas_kernels.implementation import choose
 from saw_int4_jax import CacheSpec, decode, init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS, REFERENCE_MODEL
 from saw_int4_jax.generate import RUNNING, DecodeState
 from saw_int4_jax.models.configs import CONFIGS
 from saw_int4_jax.models.hugging_face import read_config
-from saw_int4_jax.models.llama import Llama
+from saw_int4_jax.models.llama import Llama, LlamaConfig
 from saw_int4_jax.results import describe_device, write_results
 
 EOS = jnp.zeros(0, jnp.int32)
+FEW_STEPS = 4  # to warm up: XLA records a CUDA graph in the second; and to trace
+LOWERING = threading.Lock()  # one at a time, so that each is timed alone
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -65,105 +68,160 @@ def random_state(spec: CacheSpec, pages: Pages, batch: int, context: int) -> Dec
     table[:, :held] = order[:used].reshape(batch, held)
     references = np.zeros(spec.num_pages, np.int32)
     references[order[:used]] = 1
+
+    def row(value: int):
+        return jnp.full(batch, value, jnp.int32)
+
     cache = dataclasses.replace(
         cache,
         pages=pages,
         page_table=jnp.asarray(table),
-        lengths=jnp.asarray(np.full(batch, context, np.int32)),
-        new_tokens=jnp.asarray(np.zeros(batch, np.int32)),
+        lengths=row(context),
+        new_tokens=row(0),
         references=jnp.asarray(references),
         free_pages=jnp.asarray(np.roll(order, -used)),
         num_free=jnp.asarray(spec.num_pages - used, jnp.int32),
     )
-    return DecodeState(
-        cache=cache,
-        tokens=jnp.asarray(np.zeros(batch, np.int32)),
-        remaining=jnp.asarray(np.full(batch, 2**30, np.int32)),
-        finish=jnp.asarray(np.full(batch, RUNNING, np.int32)),
-    )
+    return DecodeState(cache, tokens=row(0), remaining=row(0), finish=row(RUNNING))
 
 
-def compile_loop(
-    model: Llama, variables, spec: CacheSpec, batch: int, steps: int
-) -> jax.stages.Compiled:
-    """Compiles `decode` for caches of a spec."""
-    pages = jax.eval_shape(spec.init_pages)
-    state = jax.eval_shape(lambda pages: random_state(spec, pages, batch, 1), pages)
-    return decode.lower(model.apply, variables, state, num_steps=steps, eos=EOS).compile()
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled loop, and what it is run for."""
+
+    method: str
+    batch: int
+    pool_factor: int
+    spec: CacheSpec
+    contexts: list[int]  # those that fit the memory
+    compiled: jax.stages.Compiled | None  # `None`: no context fits
+    compile_s: float
 
 
-def run(compiled: jax.stages.Compiled, variables, state: DecodeState) -> tuple[DecodeState, float]:
-    """Runs the loop once: the state after it, and seconds."""
+def compile_program(
+    config: LlamaConfig,
+    variables: Any,
+    method: str,
+    batch: int,
+    pool_factor: int,
+    *,
+    contexts: list[int],
+    page_size: int,
+    steps: int,
+    grown: int,
+) -> Program:
+    """Compiles `decode` for a cache that holds the longest context that fits beside the weights.
+
+    Args:
+      config: of the model.
+      variables: its parameters, or their shapes.
+      method: of `METHOD_OPTIONS`.
+      batch: sequences.
+      pool_factor: pool size over what the longest context takes.
+      contexts: tokens of each sequence.
+      page_size: tokens.
+      steps: of one loop.
+      grown: tokens that a sequence grows by in all its loops.
+    """
+
+    def spec_for(context: int) -> CacheSpec:
+        pages = -(-(context + grown) // page_size) * batch * pool_factor
+        return config.cache_spec(pages, page_size=page_size, **METHOD_OPTIONS[method])
+
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
+    room = 0.95 * limit - weights
+    sizes = {c: jax.eval_shape(spec_for(c).init_pages).nbytes for c in contexts}
+    contexts = [c for c in contexts if sizes[c] < room]
+    spec = spec_for(max(contexts, default=1))
+    compiled, start = None, time.perf_counter()
+    if contexts:
+        with LOWERING:
+            start = time.perf_counter()
+            pages = jax.eval_shape(spec.init_pages)
+            state = jax.eval_shape(lambda pages: random_state(spec, pages, batch, 1), pages)
+            forward = Llama(config, last_only=True).apply
+            lowered = decode.lower(forward, variables, state, num_steps=steps, eos=EOS)
+        # Else a trace shows the kernels launched one by one, without the graphs.
+        gpu = jax.default_backend() == "gpu"
+        options = {"xla_enable_command_buffers_during_profiling": True} if gpu else None
+        compiled = lowered.compile(compiler_options=options)
+    seconds = time.perf_counter() - start
+    return Program(method, batch, pool_factor, spec, contexts, compiled, seconds)
+
+
+def run(
+    compiled: jax.stages.Compiled, variables, state: DecodeState, steps: int
+) -> tuple[DecodeState, float]:
+    """Runs so many steps of the loop: the state after them, and seconds."""
+    finish = jnp.full_like(state.finish, RUNNING)
+    state = dataclasses.replace(state, remaining=jnp.full_like(finish, steps), finish=finish)
     jax.block_until_ready(state)
     start = time.perf_counter()
     state, tokens = compiled(variables, state, eos=EOS)
     jax.block_until_ready(tokens)
-    return state, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if (tokens[:, :steps] < 0).any():
+        raise RuntimeError(f"Expected all sequences to take {steps} steps")
+    return state, seconds
 
 
 def measure(
     compiled: jax.stages.Compiled, variables, state: DecodeState, *, steps: int, runs: int
 ) -> tuple[DecodeState, dict[str, Any]]:
-    """Times of one step, over `runs` loops after one to warm up."""
-    state, _ = run(compiled, variables, state)
+    """Times of one step, over `runs` loops after a short one to warm up."""
+    state, _ = run(compiled, variables, state, min(steps, FEW_STEPS))
     times = []
     for _ in range(runs):
-        state, seconds = run(compiled, variables, state)
+        state, seconds = run(compiled, variables, state, steps)
         times.append(seconds / steps * 1e6)
     median = statistics.median(times)
-    batch = state.cache.batch
     return state, {
         "median_us": median,
         "min_us": min(times),
         "max_us": max(times),
         "runs": runs,
         "steps": steps,
-        "tokens_per_s": batch / median * 1e6,
+        "tokens_per_s": state.cache.batch / median * 1e6,
         "raw_us": times,
     }
 
 
 def trace(
-    compiled: jax.stages.Compiled, variables, state: DecodeState, *, steps: int
+    compiled: jax.stages.Compiled, variables, state: DecodeState
 ) -> tuple[DecodeState, dict[str, Any]]:
-    """What ran on the GPU in a step: how many kernels, how long they took, and the longest."""
+    """What ran on the GPU in a step: the kernels, and how much of the time any of them ran."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            state, _ = run(compiled, variables, state)
+            state, _ = run(compiled, variables, state, FEW_STEPS)
         [file] = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(file))
+    events = [
+        (event.start_ns, event.duration_ns, event.name)
+        for plane in profile.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
     count: collections.Counter[str] = collections.Counter()
-    nanoseconds: collections.Counter[str] = collections.Counter()
-    for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    count[event.name] += 1
-                    nanoseconds[event.name] += event.duration_ns
+    total: collections.Counter[str] = collections.Counter()
+    busy, end = 0, 0
+    for start, duration, name in sorted(events):
+        count[name] += 1
+        total[name] += duration
+        busy += max(0, start + duration - max(start, end))
+        end = max(end, start + duration)
     return state, {
-        "kernels": sum(count.values()) / steps,
-        "kernel_us": sum(nanoseconds.values()) / steps / 1e3,
+        "kernels": len(events) / FEW_STEPS,
+        "kernel_us": sum(total.values()) / FEW_STEPS / 1e3,
+        "busy_us": busy / FEW_STEPS / 1e3,
+        "traced_us": (end - min(events)[0]) / FEW_STEPS / 1e3,
         "longest_kernels_us": {
-            f"{name} x {count[name] / steps:.0f}": round(time / steps / 1e3, 1)
-            for name, time in nanoseconds.most_common(20)
+            f"{name} x {count[name] / FEW_STEPS:.0f}": round(time / FEW_STEPS / 1e3, 1)
+            for name, time in total.most_common(20)
         },
     }
-
-
-def fitting_contexts(
-    spec: Callable[[int], CacheSpec], batch: int, contexts: list[int], taken: int
-) -> list[int]:
-    """Those whose pages find room beside `taken` bytes, if the device says how much it has."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        return contexts
-
-    def size(spec: CacheSpec) -> int:
-        return spec.bytes_per_token * spec.num_pages * spec.page_size
-
-    return [c for c in contexts if taken + size(spec(c)) < 0.95 * limit]
 
 
 def plot(rows: list[dict[str, Any]], path: str | pathlib.Path) -> None:
@@ -188,12 +246,20 @@ def plot(rows: list[dict[str, Any]], path: str | pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def attention(spec: CacheSpec, config: LlamaConfig, batch: int) -> str:
+    """Which implementation attends."""
+    q = jax.ShapeDtypeStruct((batch, 1, config.num_heads, config.head_dim), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    function = choose("paged_attention", None, q, jax.eval_shape(spec.init_pages), table)
+    return function.__module__.split(".")[1]
+
+
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--model", default="reference", help=f"reference, {', '.join(CONFIGS)}")
-    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    arguments.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 32768])
-    arguments.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="reference", help=f"reference, {', '.join(CONFIGS)}")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument(
         "--pool-factor",
         type=int,
         nargs="+",
@@ -201,107 +267,99 @@ def main() -> None:
         metavar="N",
         help="pool size over what the longest context takes",
     )
-    arguments.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=METHOD_OPTIONS)
-    arguments.add_argument("--steps", type=int, default=8)
-    arguments.add_argument("--runs", type=int, default=5)
-    arguments.add_argument("--page-size", type=int, default=128)
-    arguments.add_argument("--dtype", default="float32", help="of weights and arithmetic")
-    arguments.add_argument(
+    parser.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=METHOD_OPTIONS)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--page-size", type=int, default=128)
+    parser.add_argument("--dtype", default="float32", help="of weights and arithmetic")
+    parser.add_argument("--compile-at-once", type=int, default=1, metavar="N")
+    parser.add_argument(
         "--trace",
         type=int,
         nargs="+",
         default=[],
         metavar="BATCH",
-        help="count GPU kernels at the first context",
+        help="GPU kernels and the gaps between them at the first context",
     )
-    arguments.add_argument("--json", metavar="FILE")
-    arguments.add_argument("--plot", metavar="FILE", help="needs matplotlib")
-    arguments = arguments.parse_args()
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="needs matplotlib")
+    options = parser.parse_args()
 
-    bundled = arguments.model == "reference"
-    config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[arguments.model]
-    model = Llama(config, last_only=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    variables = jax.jit(
-        lambda key: jax.tree.map(
-            lambda leaf: jax.random.normal(key, leaf.shape, arguments.dtype) * 0.02, shapes
-        )
-    )(jax.random.key(0))
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    bundled = options.model == "reference"
+    config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[options.model]
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    build = functools.partial(
+        compile_program,
+        config,
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, options.dtype), shapes),
+        contexts=options.context,
+        page_size=options.page_size,
+        steps=options.steps,
+        grown=options.steps * options.runs + 2 * FEW_STEPS,
+    )
+    print(f"decode step, {options.model}, {describe_device()}")
+    with concurrent.futures.ThreadPoolExecutor(options.compile_at_once) as pool:
+        programs = []
+        for method in options.methods:  # the next finds the first one's matrix products tuned
+            cases = itertools.product([method], options.batch, options.pool_factor)
+            programs += pool.map(lambda case: build(*case), cases)
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def weights(shape):
+        return jax.random.normal(jax.random.key(0), shape, options.dtype) * 0.02
+
+    variables = jax.tree.map(lambda leaf: weights(leaf.shape), shapes)
     rows: list[dict[str, Any]] = []
-    console = Console()
-    table = Table(
-        *("batch", "context", "pool", "cache", "compile s", "step ms", "tokens/s", "temp MB"),
-        *("kernels", "in kernels"),
-        title=f"decode step, {arguments.model}, {describe_device()}",
-    )
-    grown = arguments.steps * (arguments.runs + 2)
-    for batch in arguments.batch:
-        for factor in arguments.pool_factor:
-            for method in arguments.methods:
-
-                def spec_for(context: int) -> CacheSpec:
-                    size = arguments.page_size
-                    pages = -(-(context + grown) // size) * batch * factor  # noqa: B023
-                    return config.cache_spec(pages, page_size=size, **METHOD_OPTIONS[method])  # noqa: B023
-
-                contexts = fitting_contexts(spec_for, batch, arguments.context, weights)
-                if not contexts:
-                    continue
-                spec = spec_for(max(contexts))
-                start = time.perf_counter()
-                compiled = compile_loop(model, variables, spec, batch, arguments.steps)
-                compile_s = time.perf_counter() - start
-                memory = compiled.memory_analysis()
-                pages = random_pages(spec)
-                for context in contexts:
-                    state = random_state(spec, pages, batch, context)
-                    state, figures = measure(
-                        compiled, variables, state, steps=arguments.steps, runs=arguments.runs
-                    )
-                    if batch in arguments.trace and context == contexts[0]:
-                        state, kernels = trace(compiled, variables, state, steps=arguments.steps)
-                        figures |= kernels
-                    pages = state.cache.pages
-                    rows.append(
-                        {
-                            "op": "decode_step",
-                            "implementation": KERNELS.get(jax.default_backend(), ("xla",))[0],
-                            "model": arguments.model,
-                            "method": method,
-                            "order": spec.format.order,
-                            "batch": batch,
-                            "context": context,
-                            "page_size": spec.page_size,
-                            "pool_factor": factor,
-                            "cache_bytes_per_token": spec.bytes_per_token,
-                            "compile_s": compile_s,
-                            "temp_bytes": memory.temp_size_in_bytes,
-                            "alias_bytes": memory.alias_size_in_bytes,
-                            "pool_bytes": pages.nbytes,
-                            **figures,
-                        }
-                    )
-                    kernel_us = figures.get("kernel_us")
-                    table.add_row(
-                        str(batch),
-                        f"{context:,}",
-                        f"{factor}x",
-                        method.upper(),
-                        f"{compile_s:.2f}",
-                        f"{figures['median_us'] / 1e3:.2f}",
-                        f"{figures['tokens_per_s']:.1f}",
-                        f"{memory.temp_size_in_bytes / 1e6:.2f}",
-                        f"{figures['kernels']:.0f}" if kernel_us else "",
-                        f"{kernel_us / figures['median_us']:.1%}" if kernel_us else "",
-                    )
-                del state, pages  # before the next pool is made
-                if arguments.json:
-                    write_results(arguments.json, rows)
-    console.print(table)
-    if arguments.plot:
-        plot(rows, arguments.plot)
+    print("batch context pool method attention   compile s  step ms  tokens/s  kernels  gaps us")
+    for program in sorted(programs, key=lambda p: (options.batch.index(p.batch), p.pool_factor)):
+        spec, batch, compiled = program.spec, program.batch, program.compiled
+        for context in sorted(set(options.context) - set(program.contexts)):
+            print(f"{batch:5} {context:7,} {program.pool_factor:3}x {program.method:6} no room")
+        if compiled is None:
+            continue
+        memory = compiled.memory_analysis()
+        pages = random_pages(spec)
+        for context in program.contexts:
+            state = random_state(spec, pages, batch, context)
+            state, figures = measure(
+                compiled, variables, state, steps=options.steps, runs=options.runs
+            )
+            if batch in options.trace and context == program.contexts[0]:
+                state, kernels = trace(compiled, variables, state)
+                figures |= kernels
+            pages = state.cache.pages
+            row = {
+                "op": "decode_step",
+                "implementation": attention(spec, config, batch),
+                "model": options.model,
+                "method": program.method,
+                "order": spec.format.order,
+                "batch": batch,
+                "context": context,
+                "page_size": spec.page_size,
+                "pool_factor": program.pool_factor,
+                "cache_bytes_per_token": spec.bytes_per_token,
+                "compile_s": program.compile_s,
+                "temp_bytes": memory.temp_size_in_bytes,
+                "alias_bytes": memory.alias_size_in_bytes,
+                "pool_bytes": pages.nbytes,
+                **figures,
+            }
+            rows.append(row)
+            line = (
+                f"{batch:5} {context:7,} {program.pool_factor:3}x {program.method:6} "
+                f"{row['implementation']:10} {program.compile_s:10.1f} "
+                f"{row['median_us'] / 1e3:8.3f} {row['tokens_per_s']:9,.0f}"
+            )
+            if "kernels" in row:
+                gaps = row["traced_us"] - row["busy_us"]
+                line += f" {row['kernels']:8.0f} {gaps:8.1f}"
+            print(line, flush=True)
+        del state, pages  # before the next pool is made
+        if options.json:
+            write_results(options.json, rows)
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +39,10 @@ def kernel(q: Float[Array, "B T H D"], pages: Pages) -> ModuleType:
     return decode if decode.supported(q, pages) is None else prefill
 
 
+# The layer is an operand: a model's layers are one function, traced and lowered once.
+@functools.partial(
+    jax.jit, static_argnames=("causal", "scale", "window", "soft_cap", "blocks", "interpret")
+)
 def paged_attention(
     q: Float[Array, "B T H D"], pages: Pages, *args: Any, **options: Any
 ) -> Float[Array, "B T H D"]:

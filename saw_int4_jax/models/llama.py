@@ -203,7 +203,7 @@ def one_layer_forward(
     windowed = dataclasses.replace(config, full_layers=0)
     embed = nn.Embed(config.vocab_size, config.embed_dim, dtype=dtype)
     norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype)
-    head = nn.Dense(config.vocab_size, use_bias=False, dtype=dtype)
+    head = nn.Dense(config.vocab_size, use_bias=False, dtype=dtype, dot_general=dot_general)
 
     def forward(variables, tokens: Int[Array, "B T"], cache: Cache):
         params = variables["params"]

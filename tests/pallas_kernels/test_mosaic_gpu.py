@@ -272,6 +272,23 @@ def test_supported_says_why_not():
     assert "query heads" in reason(heads=65)
 
 
+def test_layers_are_one_function():
+    problem = Problem(cases.AttentionCase("layers", "split", page_size=64, head_dim=128))
+    options = dict(causal=True, scale=1.0, window=None, soft_cap=None, sinks=None)
+    arrays = problem.pages, jnp.asarray(problem.page_table), jnp.asarray(problem.lengths)
+
+    def attend_all(q, query_lengths):
+        options.update(query_lengths=query_lengths)
+        return [attention.paged_attention(q, *arrays, layer=i, **options) for i in range(3)]
+
+    jaxpr = jax.make_jaxpr(attend_all)(problem.q, jnp.asarray(problem.query_lengths))
+    calls = [
+        eqn.params["jaxpr"] for eqn in jaxpr.eqns if eqn.params.get("name") == "paged_attention"
+    ]
+    assert len(calls) == 3
+    assert len(set(map(id, calls))) == 1
+
+
 def choose_on_a_gpu(monkeypatch, **case):
     problem = Problem(cases.AttentionCase("choice", "split", page_size=64, **case))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
