@@ -20,6 +20,7 @@ from saw_int4_jax.cache import Cache, CacheSpec, last_token
 from saw_int4_jax.nn.attention import Attend
 from saw_int4_jax.nn.dense import dot_general
 from saw_int4_jax.nn.linen import PagedAttention
+from saw_int4_jax.nn.norm import RMSNorm
 from saw_int4_jax.rope import Rope
 
 
@@ -112,7 +113,7 @@ class DecoderLayer(nn.Module):
         c = self.config
 
         def norm(name: str):
-            return nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name=name)
+            return RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name=name)
 
         attention = PagedAttention(
             num_heads=c.num_heads,
@@ -170,7 +171,7 @@ class Llama(nn.Module):
             x, cache = block(x, cache)
         if self.last_only:
             x = last_token(x, cache)
-        x = nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name="norm")(x)
+        x = RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name="norm")(x)
         if c.tie_embeddings:
             logits = embed.attend(x)
         else:
@@ -202,7 +203,7 @@ def one_layer_forward(
     windowless = dataclasses.replace(config, window=None, full_layers=0)
     windowed = dataclasses.replace(config, full_layers=0)
     embed = nn.Embed(config.vocab_size, config.embed_dim, dtype=dtype)
-    norm = nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype)
+    norm = RMSNorm(epsilon=config.norm_eps, dtype=dtype)
     head = nn.Dense(config.vocab_size, use_bias=False, dtype=dtype, dot_general=dot_general)
 
     def forward(variables, tokens: Int[Array, "B T"], cache: Cache):
