@@ -85,69 +85,44 @@ def random_state(spec: CacheSpec, pages: Pages, batch: int, context: int) -> Dec
     return DecodeState(cache, tokens=row(0), remaining=row(0), finish=row(RUNNING))
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled loop, and what it is run for."""
-
-    method: str
-    batch: int
-    pool_factor: int
-    spec: CacheSpec
-    contexts: list[int]  # those that fit the memory
-    compiled: jax.stages.Compiled | None  # `None`: no context fits
-    compile_s: float
-
-
-def compile_program(
-    config: LlamaConfig,
-    variables: Any,
-    method: str,
-    batch: int,
-    pool_factor: int,
-    *,
-    contexts: list[int],
-    page_size: int,
-    steps: int,
-    grown: int,
-) -> Program:
-    """Compiles `decode` for a cache that holds the longest context that fits beside the weights.
+def fitting(
+    config: LlamaConfig, weights: int, contexts: list[int], grown: int, batch: int, **options
+) -> tuple[CacheSpec, list[int]]:
+    """A cache for the longest of the contexts that find room beside the weights, and those.
 
     Args:
       config: of the model.
-      variables: its parameters, or their shapes.
-      method: of `METHOD_OPTIONS`.
-      batch: sequences.
-      pool_factor: pool size over what the longest context takes.
+      weights: bytes.
       contexts: tokens of each sequence.
-      page_size: tokens.
-      steps: of one loop.
-      grown: tokens that a sequence grows by in all its loops.
+      grown: tokens that a sequence grows by.
+      batch: sequences; those of all pools.
+      **options: as in `CacheSpec`.
     """
-
-    def spec_for(context: int) -> CacheSpec:
-        pages = -(-(context + grown) // page_size) * batch * pool_factor
-        return config.cache_spec(pages, page_size=page_size, **METHOD_OPTIONS[method])
-
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
-    room = 0.95 * limit - weights
-    sizes = {c: jax.eval_shape(spec_for(c).init_pages).nbytes for c in contexts}
-    contexts = [c for c in contexts if sizes[c] < room]
-    spec = spec_for(max(contexts, default=1))
-    compiled, start = None, time.perf_counter()
-    if contexts:
-        with LOWERING:
-            start = time.perf_counter()
-            pages = jax.eval_shape(spec.init_pages)
-            state = jax.eval_shape(lambda pages: random_state(spec, pages, batch, 1), pages)
-            forward = one_layer_forward(config)
-            lowered = decode.lower(forward, variables, state, num_steps=steps, eos=EOS)
-        # Else a trace shows the kernels launched one by one, without the graphs.
-        gpu = jax.default_backend() == "gpu"
-        options = {"xla_enable_command_buffers_during_profiling": True} if gpu else None
-        compiled = lowered.compile(compiler_options=options)
-    seconds = time.perf_counter() - start
-    return Program(method, batch, pool_factor, spec, contexts, compiled, seconds)
+    size = options["page_size"]
+    specs = {c: config.cache_spec(-(-(c + grown) // size) * batch, **options) for c in contexts}
+    fit = [
+        context
+        for context, spec in specs.items()
+        if weights + jax.eval_shape(spec.init_pages).nbytes < 0.95 * limit
+    ]
+    return specs[max(fit, default=contexts[0])], fit
+
+
+def compile_loop(
+    config: LlamaConfig, variables: Any, spec: CacheSpec, batch: int, steps: int
+) -> tuple[jax.stages.Compiled, float]:
+    """`decode` for caches of a spec, and how many seconds it took to compile."""
+    with LOWERING:
+        start = time.perf_counter()
+        pages = jax.eval_shape(spec.init_pages)
+        state = jax.eval_shape(lambda pages: random_state(spec, pages, batch, 1), pages)
+        forward = one_layer_forward(config)
+        lowered = decode.lower(forward, variables, state, num_steps=steps, eos=EOS)
+    # Else a trace shows the kernels launched one by one, without the graphs.
+    gpu = jax.default_backend() == "gpu"
+    options = {"xla_enable_command_buffers_during_profiling": True} if gpu else None
+    return lowered.compile(compiler_options=options), time.perf_counter() - start
 
 
 def run(
@@ -267,7 +242,7 @@ def main() -> None:
         metavar="N",
         help="pool size over what the longest context takes",
     )
-    parser.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=METHOD_OPTIONS)
+    parser.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=[*METHOD_OPTIONS])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--page-size", type=int, default=128)
@@ -288,44 +263,49 @@ def main() -> None:
     bundled = options.model == "reference"
     config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[options.model]
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    build = functools.partial(
-        compile_program,
-        config,
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, options.dtype), shapes),
-        contexts=options.context,
-        page_size=options.page_size,
-        steps=options.steps,
-        grown=options.steps * options.runs + 3 * FEW_STEPS,
-    )
-    print(f"decode step, {options.model}, {describe_device()}")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, options.dtype), shapes)
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    grown = options.steps * options.runs + 3 * FEW_STEPS
+    print(f"decode step, {options.model}, {describe_device()}", flush=True)
+    cases = [*itertools.product(options.batch, options.pool_factor, options.methods)]
+    caches = {}
+    for batch, factor, method in cases:
+        format = dict(page_size=options.page_size, **METHOD_OPTIONS[method])
+        fit = fitting(config, weights, options.context, grown, batch * factor, **format)
+        caches[batch, factor, method] = fit
+
+    def compile_case(case):
+        spec, contexts = caches[case]
+        return contexts and compile_loop(config, shapes, spec, case[0], options.steps)
+
+    first = [case for case in cases if case[2] == options.methods[0]]
+    programs = {}
     with concurrent.futures.ThreadPoolExecutor(options.compile_at_once) as pool:
-        programs = []
-        methods = list(options.methods)
-        for part in methods[:1], methods[1:]:  # which finds its matrix products tuned
-            cases = itertools.product(part, options.batch, options.pool_factor)
-            programs += pool.map(lambda case: build(*case), cases)
+        for some in first, [case for case in cases if case not in first]:  # products tuned by then
+            programs |= dict(zip(some, pool.map(compile_case, some), strict=True))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def weights(shape):
+    def random_weights(shape):
         return jax.random.normal(jax.random.key(0), shape, options.dtype) * 0.02
 
-    variables = jax.tree.map(lambda leaf: weights(leaf.shape), shapes)
+    variables = jax.tree.map(lambda leaf: random_weights(leaf.shape), shapes)
     rows: list[dict[str, Any]] = []
     print("batch context pool method attention   compile s  step ms  tokens/s  kernels   busy")
-    for program in sorted(programs, key=lambda p: (options.batch.index(p.batch), p.pool_factor)):
-        spec, batch, compiled = program.spec, program.batch, program.compiled
-        for context in sorted(set(options.context) - set(program.contexts)):
-            print(f"{batch:5} {context:7,} {program.pool_factor:3}x {program.method:6} no room")
-        if compiled is None:
+    for case in cases:
+        (batch, factor, method), (spec, contexts) = case, caches[case]
+        for context in set(options.context) - set(contexts):
+            print(f"{batch:5} {context:7,} {factor:3}x {method:6} no room")
+        if not contexts:
             continue
+        compiled, compile_s = programs[case]
         memory = compiled.memory_analysis()
         pages = random_pages(spec)
-        for context in program.contexts:
+        for context in contexts:
             state = random_state(spec, pages, batch, context)
             state, figures = measure(
                 compiled, variables, state, steps=options.steps, runs=options.runs
             )
-            if batch in options.trace and context == program.contexts[0]:
+            if batch in options.trace and context == contexts[0]:
                 state, kernels = trace(compiled, variables, state)
                 figures |= kernels
             pages = state.cache.pages
@@ -333,14 +313,14 @@ def main() -> None:
                 "op": "decode_step",
                 "implementation": attention(spec, config, batch),
                 "model": options.model,
-                "method": program.method,
+                "method": method,
                 "order": spec.format.order,
                 "batch": batch,
                 "context": context,
                 "page_size": spec.page_size,
-                "pool_factor": program.pool_factor,
+                "pool_factor": factor,
                 "cache_bytes_per_token": spec.bytes_per_token,
-                "compile_s": program.compile_s,
+                "compile_s": compile_s,
                 "temp_bytes": memory.temp_size_in_bytes,
                 "alias_bytes": memory.alias_size_in_bytes,
                 "pool_bytes": pages.nbytes,
@@ -348,9 +328,8 @@ def main() -> None:
             }
             rows.append(row)
             line = (
-                f"{batch:5} {context:7,} {program.pool_factor:3}x {program.method:6} "
-                f"{row['implementation']:10} {program.compile_s:10.1f} "
-                f"{row['median_us'] / 1e3:8.3f} {row['tokens_per_s']:9,.0f}"
+                f"{batch:5} {context:7,} {factor:3}x {method:6} {row['implementation']:10} "
+                f"{compile_s:10.1f} {row['median_us'] / 1e3:8.3f} {row['tokens_per_s']:9,.0f}"
             )
             if "kernels" in row:
                 line += f" {row['kernels']:8.0f} {row['busy_us'] / row['median_us']:6.1%}"
