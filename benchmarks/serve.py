@@ -1,87 +1,97 @@
 """Serving: tokens per second, and how long requests take, over how many there are at a time.
 
-    python benchmarks/serve.py --json benchmarks/results/h200/serve.json --plot serve.png
+    python -m benchmarks.serve --json benchmarks/results/h200/serve.json --plot serve.png
 
-D(p, n) are prompts of p random tokens with answers of n tokens. All requests of a cell arrive at
-once and the job ends with the last; there are as many as the concurrency says. Weights are random,
-the pools of all methods have the same size in bytes.
+measures jobs on the engine that users run, in the order given, each for all caches in turn:
 
-A full table takes hours of prefill. `--measure` names the cells that run on the device, all of
-them by the engine that users run. The others are replayed: the engine's scheduler makes the same
-decisions about the same requests, while a clock goes on by what the engine's two programs were
-measured to take (rows `serve_cost`). Cells that are measured are replayed too, which shows how far
-that is to be trusted.
+    256x1024@32,64        32, then 64 requests at once: prompts of 256 random tokens, 1024 new ones
+    16128+256x1024@32     the first 16128 tokens of each prompt are in the pool already, if it holds
+                          so many: conversations that go on
+    16384x1024@128/9      the same model with 9 layers and a pool in proportion: everything but
+                          embedding and logits takes that share of the time, nothing else changes
+
+All requests of a job arrive at once and it ends with the last. Weights are random, the pools of all
+caches have the same size in bytes. Programs are compiled before; `--compile-only` does that alone,
+for a process that shares JAX's compilation cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
 import dataclasses
 import functools
 import gc
-import json
+import itertools
 import os
-import pathlib
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from rich.console import Console
-from rich.table import Table
 
-from pallas_kernels import page_format
-from pallas_kernels.page_format import Pages
-from saw_int4_jax import CacheSpec, init_cache
+from benchmarks.decode_step import random_pages
+from saw_int4_jax import Cache, CacheSpec, init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS, REFERENCE_MODEL
-from saw_int4_jax.generate import make_sampling
 from saw_int4_jax.models.configs import CONFIGS
 from saw_int4_jax.models.hugging_face import read_config
 from saw_int4_jax.models.llama import Llama, LlamaConfig, one_layer_forward
-from saw_int4_jax.results import describe_device, write_results
-from saw_int4_jax.serving import Engine, Request, Timing, summarize
-from saw_int4_jax.serving.engine import MAX_STOP_TOKENS
-from saw_int4_jax.serving.programs import Rows, decode_rows, prefill_rows
-from saw_int4_jax.serving.scheduler import Limits, Piece, Scheduler, Turn
+from saw_int4_jax.results import write_results
+from saw_int4_jax.serving import Engine, Request, summarize
+from saw_int4_jax.serving.prefix_cache import page_keys
+from saw_int4_jax.serving.programs import State, decode_rows, idle_rows, prefill_rows
 
-# Of a row `serve_cost` alone.
-COST_KEYS = ("op", "call", "position", "batch", "cached_tokens", "seconds")
-
-CELLS = ["256x1024@32,64,128,256", "16384x1024@8,16,32,64,128"]
+JOBS = [
+    "256x1024@32,64,128,256",
+    "16384x1024@8,16",
+    "16128+256x1024@32",
+    "16384x1024@128,64,32/9",
+    "16128+256x1024@128/9",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """Requests that arrive at once: prompts and answers of the same length."""
+class Job:
+    """Requests that arrive at once.
 
+    Attributes:
+      found: tokens at the beginning of each prompt that are in the pool already.
+      prompt: tokens of each prompt, those included.
+      new: tokens of each answer.
+      concurrency: requests.
+      layers: of the model; `None`: all.
+    """
+
+    found: int
     prompt: int
     new: int
     concurrency: int
+    layers: int | None = None
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
         rng = np.random.default_rng(0)
         return rng.integers(0, vocabulary, (self.concurrency, self.prompt)).tolist()
 
 
-def parse_cells(texts: Sequence[str]) -> list[Cell]:
-    """Cells from words like `256x1024@32,64`."""
-    cells = []
+def parse_jobs(texts: Sequence[str]) -> list[Job]:
+    """Jobs from words like `16128+256x1024@32,64/9`."""
+    jobs = []
     for text in texts:
-        match = re.fullmatch(r"(\d+)x(\d+)@(\d+(?:,\d+)*)", text)
+        match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)@(\d+(?:,\d+)*)(?:/(\d+))?", text)
         if match is None:
             raise ValueError(f"Expected {text!r} to be like 256x1024@32,64")
-        cells += [Cell(int(match[1]), int(match[2]), int(n)) for n in match[3].split(",")]
-    return cells
+        found, prompt, new = int(match[1] or 0), int(match[2]), int(match[3])
+        layers = int(match[5]) if match[5] else None
+        jobs += [Job(found, found + prompt, new, int(n), layers) for n in match[4].split(",")]
+    return jobs
 
 
-# --- Weights and pools ------------------------------------------------------------------------
+# --- Model, pool, programs --------------------------------------------------------------------
 
 
 def parameter_shapes(config: LlamaConfig) -> Any:
@@ -102,178 +112,95 @@ def random_weights(config: LlamaConfig) -> Any:
     return jax.tree.unflatten(tree, [draw(k, shape=x.shape) for k, x in zip(keys, leaves)])
 
 
-@functools.partial(jax.jit, donate_argnames="pages")
-def fill(pages: Pages) -> Pages:
-    """Pages with noise in place of nothing: what the chip does with zeros is no measure."""
-    noise = jnp.zeros(pages.data.shape, jnp.uint32)
-    for axis, factor in enumerate((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)):
-        index = lax.broadcasted_iota(jnp.uint32, noise.shape, noise.ndim - 1 - axis)
-        noise = (noise ^ index) * jnp.uint32(factor)
-    # What is there takes part: an argument that nobody reads cannot be written in place.
-    data = pages.data ^ (noise >> 13).astype(pages.data.dtype)
-    scales = pages.scales
-    if scales is None:  # bfloat16 bits with the exponents of numbers in (-2, 2)
-        data = data & 0x3FFF | (data << 1 & 0x8000)
-    else:
-        scales = scales | page_format.join_scales(jnp.float32(0.125), jnp.float32(-1.0))
-    return dataclasses.replace(pages, data=data, scales=scales)
-
-
-def pool_spec(config: LlamaConfig, method: str, pool_bytes: float, page_size: int) -> CacheSpec:
-    """As many pages as fit the bytes."""
-    spec = config.cache_spec(1, page_size=page_size, **METHOD_OPTIONS[method])
-    num_pages = int(pool_bytes // (spec.bytes_per_token * page_size))
-    return dataclasses.replace(spec, num_pages=num_pages)
-
-
-# --- What the two programs take ---------------------------------------------------------------
-
-
-def make_rows(limits: Limits, width: int, counts, lengths, page_table) -> Rows:
-    size = len(counts)
-    arrays: dict[str, Any] = dict(
-        tokens=np.zeros((size, width), np.int32),
-        counts=np.asarray(counts, np.int32),
-        lengths=np.asarray(lengths, np.int32),
-        page_table=np.asarray(page_table, np.int32),
-        stop_tokens=np.full((size, MAX_STOP_TOKENS), -1, np.int32),
-    )
-    return Rows(**arrays, sampling=make_sampling(size, temperature=0.0))
+def first_layers(variables: Any, config: LlamaConfig) -> Any:
+    """The parameters that a shallower model has."""
+    kept = {f"layers_{layer}" for layer in range(config.num_layers)}
+    params = variables["params"].items()
+    return {"params": {k: v for k, v in params if not k.startswith("layers_") or k in kept}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """Seconds of the engine's calls, between measured points linear in the tokens attended to.
+class Setting:
+    """What is the same for all jobs: one set of compiled programs for each cache and depth."""
 
-    Attributes:
-      prefill: (mean position of a call's tokens, seconds), ascending.
-      decode: for each batch its points (tokens of all sequences, seconds of one step).
-    """
+    model: LlamaConfig
+    pool_bytes: float
+    page_size: int
+    longest: int
+    batches: tuple[int, ...]
+    limits: dict[str, Any]
 
-    prefill: list[tuple[float, float]]
-    decode: dict[int, list[tuple[float, float]]]
+    def config(self, layers: int | None) -> LlamaConfig:
+        return dataclasses.replace(self.model, num_layers=layers or self.model.num_layers)
 
-    def prefill_s(self, pieces: Sequence[Piece]) -> float:
-        mean = statistics.fmean(piece.start + piece.count / 2 for piece in pieces)
-        return float(np.interp(mean, *zip(*self.prefill)))
+    def spec(self, method: str, layers: int | None) -> CacheSpec:
+        """As many pages as fit the bytes; the pool of a shallower model holds as many tokens."""
+        spec = self.model.cache_spec(1, page_size=self.page_size, **METHOD_OPTIONS[method])
+        num_pages = int(self.pool_bytes // (spec.bytes_per_token * self.page_size))
+        layers = layers or self.model.num_layers
+        return dataclasses.replace(spec, num_pages=num_pages, layers=layers)
 
-    def decode_s(self, turns: Sequence[Turn]) -> float:
-        batch = min(batch for batch in self.decode if batch >= len(turns))
-        (few, fast), (many, slow) = self.decode[batch]
-        steps = max(turn.steps for turn in turns)
-        tokens = sum(turn.job.computed + turn.steps / 2 for turn in turns)
-        return steps * max(0.0, fast + (slow - fast) * (tokens - few) / (many - few))
+    def cache(self, spec: CacheSpec) -> Cache:
+        cache = init_cache(spec, max(self.batches), self.longest)
+        return dataclasses.replace(cache, pages=random_pages(spec))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """For the results file."""
-        found = [
-            {"call": "prefill", "position": position, "seconds": seconds}
-            for position, seconds in self.prefill
-        ]
-        for batch, points in self.decode.items():
-            found += [
-                {"call": "decode_step", "batch": batch, "cached_tokens": tokens, "seconds": seconds}
-                for tokens, seconds in points
-            ]
-        return found
+    def engine(self, method: str, layers: int | None, variables: Any) -> Engine:
+        """Over a pool of random pages: what the chip does with zeros is no measure."""
+        config, spec = self.config(layers), self.spec(method, layers)
+        forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
+        cache = jax.jit(self.cache, static_argnums=0)(spec)
+        variables = first_layers(variables, config)
+        return Engine(forward, variables, cache, batches=self.batches, **self.limits)
 
-    @classmethod
-    def from_rows(cls, rows: Sequence[dict[str, Any]]) -> Costs:
-        prefill = [(row["position"], row["seconds"]) for row in rows if row["call"] == "prefill"]
-        decode: dict[int, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row["call"] == "decode_step":
-                point = row["cached_tokens"], row["seconds"]
-                decode.setdefault(row["batch"], []).append(point)
-        return cls(sorted(prefill), decode)
-
-
-def measure_costs(engine: Engine, longest: int, *, runs: int = 3) -> Costs:
-    """Times both programs as the engine calls them, result on the host, over random pages."""
-    limits = engine.limits
-    order = np.random.default_rng(0).permutation(limits.num_pages)
-
-    def tables(sequences: int, tokens: int) -> np.ndarray:
-        table = np.full((sequences, limits.max_pages), -1)
-        held = limits.pages(tokens)
-        table[:, :held] = order[: sequences * held].reshape(sequences, held)
-        return table
-
-    def seconds(call, rows: Rows) -> float:
-        times, place = [], engine._cache.pages.data.unsafe_buffer_pointer()
-        for _ in range(runs + 1):  # the first compiles
-            start = time.perf_counter()
-            np.asarray(call(rows))
-            times.append(time.perf_counter() - start)
-        if engine._cache.pages.data.unsafe_buffer_pointer() != place:
-            print("warning: the pool was copied, not updated in place", flush=True)
-        return statistics.median(times[1:])
-
-    size, piece = limits.pieces, limits.piece
-    apart = make_rows(limits, piece, [piece] * size, [0] * size, tables(size, piece))
-    prefill = [(piece / 2, seconds(engine._prefill, apart))]
-    last = longest - size * piece
-    for start in sorted({last // 8, last // 2, last}):
-        table = np.repeat(tables(1, start + size * piece), size, axis=0)
-        lengths = start + piece * np.arange(size)
-        rows = make_rows(limits, piece, [piece] * size, lengths, table)
-        prefill.append((start + size * piece / 2, seconds(engine._prefill, rows)))
-
-    decode: dict[int, list[tuple[float, float]]] = {}
-    for batch in engine.batches:
-        most = min(longest, limits.num_pages // batch * limits.page_size)
-        for length in (most // 16, most - limits.steps):
-            table = tables(batch, length + limits.steps)
-            rows = make_rows(limits, 1, [limits.steps] * batch, [length] * batch, table)
-            point = (
-                batch * (length + limits.steps / 2),
-                seconds(engine._decode, rows) / limits.steps,
-            )
-            decode.setdefault(batch, []).append(point)
-    return Costs(prefill, decode)
+    def compile(self, method: str, layers: int | None, variables: Any, call: str, size: int) -> str:
+        """Compiles a program of `engine` without a weight or a page, for the compilation cache."""
+        start = time.perf_counter()
+        config, spec = self.config(layers), self.spec(method, layers)
+        forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
+        cache = jax.eval_shape(self.cache, spec)
+        state = State(cache, cache.lengths)
+        variables = first_layers(variables, config)
+        width = self.limits["piece"] if call == "prefill" else 0
+        rows = idle_rows(size, width, cache.page_table.shape[1])
+        if call == "prefill":
+            lowered = prefill_rows.lower(forward, variables, state, rows)
+        else:
+            steps = self.limits["steps"]
+            lowered = decode_rows.lower(forward, variables, state, rows, max_steps=steps)
+        lowered.compile()
+        seconds = time.perf_counter() - start
+        return f"{method} {config.num_layers} layers {call} of {size}: compiled in {seconds:.1f} s"
 
 
-# --- Cells ------------------------------------------------------------------------------------
+# --- Jobs -------------------------------------------------------------------------------------
 
 
-def replay(limits: Limits, costs: Costs, cell: Cell, vocabulary: int) -> tuple[list[Timing], int]:
-    """The scheduler's course over a cell by measured costs: timings, and how many preemptions."""
-    scheduler = Scheduler(limits)
-    jobs = [scheduler.add(prompt, cell.new) for prompt in cell.prompts(vocabulary)]
-    now, first, end = 0.0, {}, {}
-    while plan := scheduler.plan():
-        if plan.pieces:
-            now += costs.prefill_s(plan.pieces)
-            for piece in plan.pieces:
-                scheduler.prefilled(piece, 0)
-                if piece.job.new_tokens:
-                    first.setdefault(piece.job, now)
-        if plan.turns:
-            now += costs.decode_s(plan.turns)
-            for turn in plan.turns:
-                scheduler.decoded(turn, [0] * turn.steps)
-        for job in {x.job for x in (*plan.pieces, *plan.turns) if x.job.finish}:
-            end[job] = now
-    timings = [Timing(0.0, first[job], end[job], cell.new) for job in jobs]
-    return timings, scheduler.preemptions
+def keep(engine: Engine, prompts: Sequence[Sequence[int]], found: int) -> None:
+    """Has the pool know the first tokens of prompts, until it is full; its pages are random."""
+    pool, size = engine.scheduler.pool, engine.limits.page_size
+    for prompt in prompts:
+        keys = page_keys(prompt[:found], size)
+        if len(keys) > pool.available - pool.idle:
+            return
+        pages = pool.take(len(keys))
+        for page, key in zip(pages, keys):
+            pool.publish(page, key)
+        pool.release(pages)
 
 
-def measure(engine: Engine, cell: Cell, vocabulary: int) -> tuple[list[Timing], int]:
-    """The same on the device."""
-    before = engine.scheduler.preemptions
-    responses = engine.generate(
-        [Request(prompt, cell.new, ignore_eos=True) for prompt in cell.prompts(vocabulary)]
-    )
+def serve(engine: Engine, job: Job, vocabulary: int) -> dict[str, Any]:
+    """Runs a job, and what came of it."""
+    prompts = job.prompts(vocabulary)
+    keep(engine, prompts, job.found)
+    responses = engine.generate([Request(x, job.new, ignore_eos=True) for x in prompts])
     timings = [response.timing for response in responses if response.timing is not None]
-    return timings, engine.scheduler.preemptions - before
-
-
-def figures(cell: Cell, timings: list[Timing], preemptions: int) -> dict[str, Any]:
     found = summarize(timings)
     return {
-        "prompt_tokens": cell.prompt,
-        "new_tokens": cell.new,
-        "concurrency": cell.concurrency,
+        "prompt_tokens": job.prompt,
+        "found_tokens": job.found,
+        "reused_tokens": sum(response.reused_tokens for response in responses),
+        "new_tokens": job.new,
+        "concurrency": job.concurrency,
         "tokens_per_s": found["tokens_per_s"],
         "request_tokens_per_s": statistics.fmean(x.tokens / x.e2e_s for x in timings),
         "decode_tokens_per_s": 1 / found["tpot_s_mean"],
@@ -281,224 +208,67 @@ def figures(cell: Cell, timings: list[Timing], preemptions: int) -> dict[str, An
         "e2e_s": found["e2e_s_mean"],
         "e2e_s_p75": found["e2e_s_p75"],
         "e2e_s_p90": found["e2e_s_p90"],
-        "preemptions": preemptions,
+        "preemptions": engine.scheduler.preemptions,
     }
-
-
-# --- Command ----------------------------------------------------------------------------------
-
-
-def compile_all(config: LlamaConfig, limits: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Compiles the programs without a weight or a page, to fill JAX's compilation cache."""
-    forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
-    variables = parameter_shapes(config)
-    longest = max(cell.prompt + cell.new for cell in parse_cells(arguments.cells))
-
-    def compile_one(method: str, size: int, width: int) -> str:
-        spec = pool_spec(config, method, arguments.pool_gb * 1e9, arguments.page_size)
-        cache = jax.eval_shape(lambda: init_cache(spec, max(arguments.batches), longest))
-        max_pages = cache.page_table.shape[1]
-        fixed = Limits(spec.num_pages, spec.page_size, max_pages, cache.batch, **limits)
-        rows = make_rows(fixed, width, [0] * size, [0] * size, np.full((size, max_pages), -1))
-        start = time.perf_counter()
-        if width > 1:
-            lowered = prefill_rows.lower(forward, variables, cache, rows)
-        else:
-            lowered = decode_rows.lower(forward, variables, cache, rows, max_steps=fixed.steps)
-        traced = time.perf_counter()
-        memory = lowered.compile().memory_analysis()
-        return (
-            f"{method} {size} x {width}: traced {traced - start:.1f} s, compiled "
-            f"{time.perf_counter() - traced:.1f} s, temporary "
-            f"{memory.temp_size_in_bytes / 1e9:.2f} GB, copied "
-            f"{(memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9:.2f} GB"
-        )
-
-    shapes = [(limits["pieces"], limits["piece"]), *((batch, 1) for batch in arguments.batches)]
-    programs = [(method, *shape) for shape in shapes for method in arguments.methods]
-    with concurrent.futures.ThreadPoolExecutor(max(1, arguments.threads)) as pool:
-        for text in pool.map(lambda program: compile_one(*program), programs):
-            print(text, flush=True)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Job throughput against the speed of one request."""
-    import matplotlib
+    """Tokens per second of the job against those of one request; a panel for each kind of job."""
+    from matplotlib.figure import Figure  # nothing else here needs it
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["op"] == "serve"]
-    largest = max(row["pool_bytes"] for row in rows)
-    rows = [row for row in rows if row["pool_bytes"] > 0.98 * largest]
-    seen = collections.Counter(
-        {(row["prompt_tokens"], row["new_tokens"], row["concurrency"]) for row in rows}
-    )
-    several = collections.Counter(cell[:2] for cell in seen)
-    lengths = sorted(cell for cell, count in several.items() if count > 1)
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(5 * len(lengths), 4), squeeze=False)
-    for ax, (prompt, new) in zip(axes[0], lengths):
-        for method, color in zip(METHOD_OPTIONS, ("tab:gray", "tab:orange", "tab:blue")):
-            here = [r for r in rows if (r["prompt_tokens"], r["new_tokens"]) == (prompt, new)]
-            here = sorted(
-                (r for r in here if r["method"] == method), key=lambda r: r["concurrency"]
-            )
-            for run, style in (("replayed", "o--"), ("measured", "s")):
-                some = [row for row in here if row["run"] == run]
-                ax.plot(
-                    [row["request_tokens_per_s"] for row in some],
-                    [row["tokens_per_s"] for row in some],
-                    style,
-                    color=color,
-                    fillstyle="none" if run == "replayed" else "full",
-                    label=f"{method.upper()}, {run}" if some else None,
-                )
-        ax.set_title(f"D({prompt}, {new})")
-        ax.set_xlabel("tokens/s of a request")
-        ax.set_ylabel("tokens/s of the job")
-        ax.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=describe_device())
-    for name in ("requests", "at a time", "pool", "cache", "run"):
-        table.add_column(name)
-    for name in ("job tok/s", "request tok/s", "TTFT s", "E2E s", "p75", "p90", "preempted"):
-        table.add_column(name, justify="right")
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["op"] == "serve":
-            table.add_row(
-                f"D({row['prompt_tokens']}, {row['new_tokens']})",
-                str(row["concurrency"]),
-                f"{row['pool_bytes'] / 1e9:.0f} GB",
-                row["method"].upper(),
-                row["run"],
-                f"{row['tokens_per_s']:.0f}",
-                f"{row['request_tokens_per_s']:.1f}",
-                f"{row['ttft_ms'] / 1e3:.2f}",
-                f"{row['e2e_s']:.2f}",
-                f"{row['e2e_s_p75']:.2f}",
-                f"{row['e2e_s_p90']:.2f}",
-                str(row["preemptions"]),
-            )
-    Console(width=140).print(table)
-
-
-def device_rows(
-    method: str,
-    config: LlamaConfig,
-    variables: Any,
-    limits: dict[str, Any],
-    arguments: argparse.Namespace,
-    elapsed: Callable[[], float],
-) -> list[dict[str, Any]]:
-    """What is measured of one cache: costs, and the cells that run."""
-    cells, measured = parse_cells(arguments.cells), parse_cells(arguments.measure)
-    longest = max(cell.prompt + cell.new for cell in cells + measured)
-    spec = pool_spec(config, method, arguments.pool_gb * 1e9, arguments.page_size)
-    cache = init_cache(spec, max(arguments.batches), longest)
-    cache = dataclasses.replace(cache, pages=fill(cache.pages))
-    forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
-    engine = Engine(forward, variables, cache, batches=arguments.batches, **limits)
-    del cache
-    about = {
-        "model": arguments.model,
-        "method": method,
-        "order": spec.format.order,
-        "cache_bytes_per_token": spec.bytes_per_token,
-        "page_size": spec.page_size,
-        "max_pages": engine.limits.max_pages,
-        "rows": engine.limits.rows,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        **limits,
-        **pool_size(spec.num_pages, spec),
+        kind = row["prompt_tokens"], row["new_tokens"], row["found_tokens"], row["layers"]
+        kinds.setdefault(kind, []).append(row)
+    kinds = {
+        kind: rows for kind, rows in kinds.items() if len({r["concurrency"] for r in rows}) > 1
     }
-    costs = measure_costs(engine, longest, runs=arguments.runs)
-    print(f"{method}: costs at {elapsed():.0f} s", flush=True)
-    rows = [{"op": "serve_cost", **about, **cost} for cost in costs.rows()]
-    for cell in measured:
-        takes = max(x.end for x in replay(engine.limits, costs, cell, config.vocab_size)[0])
-        if elapsed() + takes < arguments.seconds:
-            result = measure(engine, cell, config.vocab_size)
-            rows.append({"op": "serve", "run": "measured", **about, **figures(cell, *result)})
-    print(f"{method}: done at {elapsed():.0f} s", flush=True)
-    return rows
-
-
-def pool_size(num_pages: int, spec: CacheSpec) -> dict[str, int]:
-    tokens = num_pages * spec.page_size
-    return {"pool_tokens": tokens, "pool_bytes": tokens * spec.bytes_per_token}
-
-
-def replayed_rows(
-    measured: Sequence[dict[str, Any]], cells: Sequence[Cell], pools_gb: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Every cell, and those that were measured, by the measured costs, in pools of these sizes."""
-    rows = []
-    for method in dict.fromkeys(row["method"] for row in measured):
-        mine = [row for row in measured if row["method"] == method]
-        of_costs = [row for row in mine if row["op"] == "serve_cost"]
-        costs, about = Costs.from_rows(of_costs), of_costs[0]
-        config = model_config(about["model"])
-        ran = [
-            Cell(row["prompt_tokens"], row["new_tokens"], row["concurrency"])
-            for row in mine
-            if row["op"] == "serve"
-        ]
-        names = "page_size", "max_pages", "rows", "piece", "pieces", "steps", "mixed_steps"
-        fixed = {name: about[name] for name in (*names, "reserve")}
-        for pool_gb in (about["pool_bytes"] / 1e9, *pools_gb):
-            spec = pool_spec(config, method, pool_gb * 1e9, about["page_size"])
-            limits = Limits(num_pages=spec.num_pages, **fixed)
-            here = cells if pool_gb in pools_gb else list(dict.fromkeys([*ran, *cells]))
-            for cell in here:
-                result = replay(limits, costs, cell, config.vocab_size)
-                kept = {k: v for k, v in about.items() if k not in COST_KEYS}
-                size = pool_size(spec.num_pages, spec)
-                row = {"op": "serve", "run": "replayed", **kept, **size}
-                rows.append(row | figures(cell, *result))
-    return rows
-
-
-def model_config(name: str) -> LlamaConfig:
-    return read_config(REFERENCE_MODEL) if name == "reference" else CONFIGS[name]
+    figure = Figure(figsize=(4.5 * len(kinds), 4), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, ((prompt, new, found, layers), here) in zip(panels, kinds.items(), strict=True):
+        for method in METHOD_OPTIONS:
+            line = sorted(
+                (row["request_tokens_per_s"], row["tokens_per_s"], row["concurrency"])
+                for row in here
+                if row["method"] == method
+            )
+            axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=method.upper())
+            for x, y, concurrency in line if method == "bdr" else []:
+                axes.annotate(f" {concurrency}", (x, y), size=7)
+        title = f"D({prompt:,}, {new:,})" + (f", {found:,} found" if found else "")
+        axes.set(title=f"{title}, {layers} layers", xlabel="tokens/s of a request")
+        axes.set(ylabel="tokens/s of the job", xlim=0, ylim=0)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="Qwen3-8B", help=f"reference, {', '.join(CONFIGS)}")
-    parser.add_argument("--cells", nargs="+", default=CELLS, metavar="PxN@C,C")
-    parser.add_argument("--measure", nargs="*", default=[], metavar="PxN@C,C")
+    parser.add_argument("--jobs", nargs="+", default=JOBS, metavar="[F+]PxN@C,C[/L]")
     parser.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=[*METHOD_OPTIONS])
     parser.add_argument("--pool-gb", type=float, default=100.0, help="of each method's pool")
-    parser.add_argument(
-        "--replay-gb", type=float, nargs="*", default=[], help="replay with smaller pools too"
-    )
     parser.add_argument("--page-size", type=int, default=128)
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--piece", type=int, default=256)
     parser.add_argument("--pieces", type=int, default=8)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--mixed-steps", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=1e9, help="measure no cell past this")
-    parser.add_argument("--runs", type=int, default=3, help="of each timing")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no job past this")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="to compile")
     parser.add_argument("--compile-only", action="store_true", help="needs no memory")
-    parser.add_argument(
-        "--threads", type=int, default=0, help="compile first, so many programs at a time"
-    )
-    parser.add_argument(
-        "--replay", metavar="FILE", help="measure nothing, replay what this file measured"
-    )
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="written after each job")
+    parser.add_argument("--plot", metavar="FILE", help="needs matplotlib")
     arguments = parser.parse_args()
-    started = time.perf_counter()
-
-    def elapsed() -> float:
-        return time.perf_counter() - started
-
+    began = time.perf_counter()
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    bundled = arguments.model == "reference"
+    model = read_config(REFERENCE_MODEL) if bundled else CONFIGS[arguments.model]
+    jobs = parse_jobs(arguments.jobs)
     limits = dict(
         piece=arguments.piece,
         pieces=arguments.pieces,
@@ -506,30 +276,61 @@ def main() -> None:
         mixed_steps=arguments.mixed_steps,
         reserve=1.0,  # answers are as long as they may be
     )
+    setting = Setting(
+        model,
+        arguments.pool_gb * 1e9,
+        arguments.page_size,
+        max(job.prompt + job.new for job in jobs),
+        tuple(arguments.batches),
+        limits,
+    )
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
+
+    depths = dict.fromkeys(job.layers for job in jobs)
+    calls = [("prefill", limits["pieces"]), *(("decode", batch) for batch in setting.batches)]
+    programs = itertools.product(depths, calls, arguments.methods)
+    shapes = parameter_shapes(model)
+    with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
+        compiles = [
+            pool.submit(setting.compile, method, layers, shapes, *call)
+            for layers, call, method in programs
+        ]
+        for compiled in concurrent.futures.as_completed(compiles):
+            say(compiled.result())
+    if arguments.compile_only:
+        return
+
+    variables = random_weights(model)
     rows: list[dict[str, Any]] = []
-    if arguments.replay:
-        results = json.loads(pathlib.Path(arguments.replay).read_text())
-        rows = [row for row in results["rows"] if row.get("run") != "replayed"]
-    else:
-        config = model_config(arguments.model)
-        if arguments.threads:
-            compile_all(config, limits, arguments)
-            print(f"compiled at {elapsed():.0f} s", flush=True)
-        if arguments.compile_only:
-            return
-        variables = random_weights(config)
-        for method in arguments.methods:
-            rows += device_rows(method, config, variables, limits, arguments, elapsed)
-            gc.collect()  # the pool goes before the next one comes
-            if arguments.json:
-                write_results(arguments.json, rows)
-    rows += replayed_rows(rows, parse_cells(arguments.cells), arguments.replay_gb)
-    if arguments.json:
-        made = results["meta"] if arguments.replay else None
-        write_results(arguments.json, rows, made)
-    show(rows)
+    for job, method in itertools.product(jobs, arguments.methods):
+        if time.perf_counter() - began > arguments.seconds:
+            break
+        engine = setting.engine(method, job.layers, variables)
+        engine.warm_up()
+        spec = setting.spec(method, job.layers)
+        pool_tokens = spec.num_pages * spec.page_size
+        about = {
+            "op": "serve",
+            "model": arguments.model,
+            "layers": spec.layers,
+            "method": method,
+            "order": spec.format.order,
+            "page_size": spec.page_size,
+            "pool_tokens": pool_tokens,
+            "pool_bytes": pool_tokens * spec.bytes_per_token,
+            "cache_bytes_per_token": spec.bytes_per_token,
+            **limits,
+        }
+        say(f"{method} {job} …")
+        rows.append(about | serve(engine, job, model.vocab_size))
+        say(f"{rows[-1]['tokens_per_s']:,.0f} tokens/s, E2E {rows[-1]['e2e_s']:.2f} s")
+        del engine
+        gc.collect()  # the pool goes before the next one comes
+        if arguments.json:
+            write_results(arguments.json, rows)
     if arguments.plot:
-        pathlib.Path(arguments.plot).parent.mkdir(parents=True, exist_ok=True)
         plot(rows, arguments.plot)
 
 

@@ -13,6 +13,7 @@ program for other shapes may round differently.)
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 import time
@@ -20,20 +21,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from saw_int4_jax.cache import Cache
-from saw_int4_jax.generate import Forward, Sampling, _on_the_device_of, make_sampling
+from saw_int4_jax.generate import Forward, _on_the_device_of, make_sampling
 from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.serving.metrics import Metrics, Timing
-from saw_int4_jax.serving.programs import Rows, decode_rows, prefill_rows
+from saw_int4_jax.serving.programs import (
+    MAX_STOP_TOKENS,
+    NO_SEAT,
+    Rows,
+    State,
+    decode_rows,
+    idle_rows,
+    prefill_rows,
+)
 from saw_int4_jax.serving.request import Request, Response
-from saw_int4_jax.serving.scheduler import Job, Limits, Piece, Scheduler, Turn
+from saw_int4_jax.serving.scheduler import Job, Limits, Piece, Plan, Scheduler, Turn
 from saw_int4_jax.serving.text import StoppableText
-
-# The width of an array: a request may name this many stop tokens, the model's own included.
-MAX_STOP_TOKENS = 16
-
 
 # A response, and the tokens and the text that are new; both may be empty, at the end.
 Listener = Callable[[Response, list[int], str], None]
@@ -50,6 +56,10 @@ class _Entry:
     listener: Listener | None
     text: StoppableText | None
     first: float | None = None
+
+
+# A plan that the device works on, and what its two calls will bring.
+_Flight = tuple[Plan, jax.Array | None, jax.Array | None]
 
 
 class Engine:
@@ -110,7 +120,9 @@ class Engine:
         self._eos = tuple(tokenizer.eos_ids if eos is None and tokenizer else eos or ())
         self._forward = forward
         self._variables = variables
-        self._cache = _on_the_device_of(variables, cache)
+        cache = _on_the_device_of(variables, cache)
+        self._state = State(cache, jnp.copy(cache.lengths))
+        self._under_way: collections.deque[_Flight] = collections.deque()
         self._clock = clock
         self._lock = threading.RLock()
         self._entries: dict[int, _Entry] = {}
@@ -220,8 +232,8 @@ class Engine:
         for pieces in {1, self.limits.pieces}:
             self._prefill(self._rows(pieces, self.limits.piece, []))
         for batch in self.batches:
-            self._decode(self._rows(batch, 1, []))
-        jax.block_until_ready(self._cache)
+            self._decode(self._rows(batch, 0, []))
+        jax.block_until_ready(self._state)
 
     def status(self) -> dict[str, Any]:
         """What is going on: requests, pages, and the summary of `metrics`."""
@@ -241,22 +253,37 @@ class Engine:
     # --- One iteration --------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One iteration: a call that reads prompts, one that decodes. Whether there was work."""
+        """One iteration: sends a plan off, takes in what came of the one before.
+
+        So the device has work while the host reads results, tells them, and plans.
+
+        Returns:
+          Whether there was anything to do.
+        """
         with self._lock:
             self._work.clear()
             plan = self.scheduler.plan(self._clock())
             news = self._take_all(plan.expired)
             pieces = self._piece_rows(plan.pieces) if plan.pieces else None
             turns = self._turn_rows(plan.turns) if plan.turns else None
+        if plan:
+            firsts = None if pieces is None else self._prefill(pieces)
+            decoded = None if turns is None else self._decode(turns)
+            self._under_way.append((plan, firsts, decoded))
+            self.steps += 1
         _tell(news)
-        # Both calls are on their way before the first is waited for.
-        firsts = None if pieces is None else self._prefill(pieces)
-        decoded = None if turns is None else self._decode(turns)
+        if len(self._under_way) > bool(plan):
+            self._take_in(*self._under_way.popleft())
+            return True
+        return bool(plan)
+
+    def _take_in(self, plan: Plan, firsts: jax.Array | None, decoded: jax.Array | None) -> None:
+        """Waits for a plan's tokens, those of its prompts first."""
         if firsts is not None:
-            tokens = np.asarray(firsts)
+            tokens = np.asarray(firsts).tolist()
             with self._lock:
                 for piece, token in zip(plan.pieces, tokens):
-                    self.scheduler.prefilled(piece, int(token))
+                    self.scheduler.prefilled(piece, token)
                 news = self._take_all(piece.job for piece in plan.pieces)
             _tell(news)
         if decoded is not None:
@@ -266,19 +293,19 @@ class Engine:
                     self.scheduler.decoded(turn, row[row >= 0].tolist())
                 news = self._take_all(turn.job for turn in plan.turns)
             _tell(news)
-        self.steps += bool(plan)
-        return bool(plan)
 
     def _prefill(self, rows: Rows) -> jax.Array:
         self.programs.add(("prefill", len(rows.counts)))
-        tokens, self._cache = prefill_rows(self._forward, self._variables, self._cache, rows)
+        tokens, self._state = prefill_rows(self._forward, self._variables, self._state, rows)
+        tokens.copy_to_host_async()
         return tokens
 
     def _decode(self, rows: Rows) -> jax.Array:
         self.programs.add(("decode", len(rows.counts)))
-        tokens, self._cache = decode_rows(
-            self._forward, self._variables, self._cache, rows, max_steps=self.limits.steps
+        tokens, self._state = decode_rows(
+            self._forward, self._variables, self._state, rows, max_steps=self.limits.steps
         )
+        tokens.copy_to_host_async()
         return tokens
 
     def _piece_rows(self, pieces: Sequence[Piece]) -> Rows:
@@ -286,49 +313,28 @@ class Engine:
         return self._rows(
             size,
             self.limits.piece,
-            [(x.job, x.job.tokens[x.start : x.start + x.count], x.count, x.start) for x in pieces],
+            [(x.job, x.start, x.count, x.job.seat if x.last else NO_SEAT) for x in pieces],
         )
 
     def _turn_rows(self, turns: Sequence[Turn]) -> Rows:
         batch = next(batch for batch in self.batches if batch >= len(turns))
-        return self._rows(
-            batch, 1, [(x.job, x.job.tokens[-1:], x.steps, x.job.computed) for x in turns]
-        )
+        return self._rows(batch, 0, [(x.job, x.start, x.steps, x.job.seat) for x in turns])
 
-    def _rows(
-        self, size: int, width: int, sequences: Sequence[tuple[Job, list[int], int, int]]
-    ) -> Rows:
-        """A call's arguments, from each row's job, tokens, count and length; the rest are idle."""
-        tokens = np.zeros((size, width), np.int32)
-        counts, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        page_table = np.full((size, self.limits.max_pages), -1, np.int32)
-        stop_tokens = np.full((size, MAX_STOP_TOKENS), -1, np.int32)
-        sampling: dict[str, Any] = {
-            "temperature": np.zeros(size, np.float32),
-            "top_k": np.zeros(size, np.int32),
-            "top_p": np.ones(size, np.float32),
-            "min_p": np.zeros(size, np.float32),
-            "seed": np.zeros(size, np.int32),
-        }
-        for row, (job, new, count, length) in enumerate(sequences):
+    def _rows(self, size: int, width: int, sequences: Sequence[tuple[Job, int, int, int]]) -> Rows:
+        """A call's arguments, from each row's job, length, count and seat; the rest are idle."""
+        rows: Any = idle_rows(size, width, self.limits.max_pages)
+        for row, (job, length, count, seat) in enumerate(sequences):
             entry = self._entries[job.number]
-            tokens[row, : len(new)] = new
-            counts[row], lengths[row] = count, length
-            page_table[row, : len(job.pages)] = job.pages
-            stop_tokens[row, : len(entry.stop_tokens)] = entry.stop_tokens
-            for name, values in sampling.items():
-                values[row] = getattr(entry.response.request, name) or 0
-            if entry.response.request.seed is None:
-                sampling["seed"][row] = job.number
-        arrays: dict[str, Any] = {
-            "tokens": tokens,
-            "counts": counts,
-            "lengths": lengths,
-            "page_table": page_table,
-            "stop_tokens": stop_tokens,
-            "sampling": Sampling(**sampling),
-        }
-        return Rows(**arrays)
+            request = entry.response.request
+            rows.seats[row], rows.lengths[row], rows.counts[row] = seat, length, count
+            if width:
+                rows.tokens[row, :count] = job.tokens[length : length + count]
+            rows.page_table[row, : len(job.pages)] = job.pages
+            rows.stop_tokens[row, : len(entry.stop_tokens)] = entry.stop_tokens
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                getattr(rows.sampling, name)[row] = getattr(request, name)
+            rows.sampling.seed[row] = job.number if request.seed is None else request.seed
+        return rows
 
     # --- Taking in results ------------------------------------------------------------------------
 

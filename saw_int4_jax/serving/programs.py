@@ -4,9 +4,10 @@ The host owns the page tables. It assigns the pages of a whole dispatch beforeha
 compiled decode loop crosses page borders by itself; lengths grow on the device, the table does
 not. A prefix cache needs the tables on the host anyway, and an allocator on both sides would have
 to agree at every step. A few kilobytes of tables go to the device with each dispatch; what stays
-there, donated from call to call, is the pages alone.
+there, donated from call to call, is the pages and the newest token of each sequence: the next call
+can be on its way before the host has seen what the last one brought.
 
-A row is any sequence, and means nothing beyond its call.
+A row is any sequence, and means nothing beyond its call; a seat is a sequence's own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from saw_int4_jax.cache import Cache, last_token
+from saw_int4_jax.cache import Cache, last_token, split_rows
 from saw_int4_jax.generate import Forward, Sampling, sample
+
+# The width of an array: a request may name this many stop tokens, the model's own included.
+MAX_STOP_TOKENS = 16
+
+NO_SEAT = 2**31 - 1  # past the end: nothing is read or written there
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What stays on the device.
+
+    Attributes:
+      cache: of which the pages alone count.
+      newest: `int32[seats]`, the newest token of each sequence; -1 after a stop token.
+    """
+
+    cache: Cache
+    newest: Int[Array, "seats"]
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +51,8 @@ class Rows:
     """R sequences, or parts of prompts, for one call.
 
     Attributes:
-      tokens: `int32[R, T]`, what to read; the newest token alone, T = 1, for decode.
+      seats: `int32[R]`, where the newest token lies; `NO_SEAT`: of no interest.
+      tokens: `int32[R, T]`, what to read; T = 0 for decode.
       counts: `int32[R]`, how many of them are real, or how many decode steps to take; 0: none.
       lengths: `int32[R]`, tokens in the pages before them.
       page_table: `int32[R, max_pages]`, with pages for all that the call writes.
@@ -38,6 +60,7 @@ class Rows:
       sampling: how each picks its next token.
     """
 
+    seats: Int[Array, "R"]
     tokens: Int[Array, "R T"]
     counts: Int[Array, "R"]
     lengths: Int[Array, "R"]
@@ -46,46 +69,82 @@ class Rows:
     sampling: Sampling
 
 
-@functools.partial(jax.jit, static_argnames="forward", donate_argnames="cache")
+def idle_rows(size: int, width: int, max_pages: int) -> Rows:
+    """Rows without work, in numpy: for the host to fill in."""
+    arrays: dict[str, Any] = dict(
+        seats=np.full(size, NO_SEAT, np.int32),
+        tokens=np.zeros((size, width), np.int32),
+        counts=np.zeros(size, np.int32),
+        lengths=np.zeros(size, np.int32),
+        page_table=np.full((size, max_pages), -1, np.int32),
+        stop_tokens=np.full((size, MAX_STOP_TOKENS), -1, np.int32),
+    )
+    sampling: dict[str, Any] = dict(
+        temperature=np.zeros(size, np.float32),
+        top_k=np.zeros(size, np.int32),
+        top_p=np.ones(size, np.float32),
+        min_p=np.zeros(size, np.float32),
+        seed=np.zeros(size, np.int32),
+    )
+    return Rows(**arrays, sampling=Sampling(**sampling))
+
+
+@functools.partial(jax.jit, static_argnames="forward", donate_argnames="state")
 def prefill_rows(
-    forward: Forward, variables: Any, cache: Cache, rows: Rows
-) -> tuple[Int[Array, "R"], Cache]:
+    forward: Forward, variables: Any, state: State, rows: Rows
+) -> tuple[Int[Array, "R"], State]:
     """Reads a piece of a prompt in each row; returns the token after each.
 
     Consecutive pieces of one prompt may be rows of one call: every layer writes the keys and
-    values of all rows before any row attends.
+    values of all rows before any row attends. The last one alone has a seat.
     """
-    logits, cache = _step(forward, variables, cache, rows, rows.tokens, rows.counts, rows.lengths)
-    return _sample(logits, rows.lengths + rows.counts, rows.sampling), cache
+    logits, cache = _step(
+        forward, variables, state.cache, rows, rows.tokens, rows.counts, rows.lengths
+    )
+    new = _sample(logits, rows.lengths + rows.counts, rows.sampling)
+    return new, _sit(state, cache, rows, jnp.where(_stops(new, rows), -1, new))
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "max_steps"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("forward", "max_steps"), donate_argnames="state")
 def decode_rows(
-    forward: Forward, variables: Any, cache: Cache, rows: Rows, *, max_steps: int
-) -> tuple[Int[Array, "R max_steps"], Cache]:
-    """`counts[r]` decode steps of each row, or fewer where a stop token comes.
+    forward: Forward, variables: Any, state: State, rows: Rows, *, max_steps: int
+) -> tuple[Int[Array, "R max_steps"], State]:
+    """`counts[r]` decode steps of each row, or fewer where a stop token comes or has come.
 
     Returns:
-      The new tokens, -1 after each row's last, and the cache.
+      The new tokens, -1 after each row's last, and the state.
     """
+    newest = state.newest.at[rows.seats].get(mode="fill", fill_value=-1)
+    left = jnp.where(newest >= 0, rows.counts, 0)
     out = jnp.full((len(rows.counts), max_steps), -1, jnp.int32)
 
     def going(carry):
         return (carry[2] > 0).any()
 
     def body(carry):
-        index, tokens, left, lengths, cache, out = carry
-        counts = (left > 0).astype(jnp.int32)
-        logits, cache = _step(forward, variables, cache, rows, tokens[:, None], counts, lengths)
+        index, newest, left, lengths, cache, out = carry
+        runs = left > 0
+        counts = runs.astype(jnp.int32)
+        logits, cache = _step(forward, variables, cache, rows, newest[:, None], counts, lengths)
         lengths += counts
         new = _sample(logits, lengths, rows.sampling)
-        out = out.at[:, index].set(jnp.where(counts > 0, new, -1))
-        stopped = (new[:, None] == rows.stop_tokens).any(-1)
-        return index + 1, new, jnp.where(stopped, 0, left - counts), lengths, cache, out
+        out = out.at[:, index].set(jnp.where(runs, new, -1))
+        stops = runs & _stops(new, rows)
+        newest = jnp.where(stops, -1, jnp.where(runs, new, newest))
+        return index + 1, newest, jnp.where(stops, 0, left - counts), lengths, cache, out
 
-    carry = (0, rows.tokens[:, 0], rows.counts, rows.lengths, cache, out)
-    *_, cache, out = lax.while_loop(going, body, carry)
-    return out, cache
+    carry = (0, newest, left, rows.lengths, state.cache, out)
+    _, newest, _, _, cache, out = lax.while_loop(going, body, carry)
+    return out, _sit(state, cache, rows, newest)
+
+
+def _stops(tokens: Int[Array, "R"], rows: Rows) -> Bool[Array, "R"]:
+    return (tokens[:, None] == rows.stop_tokens).any(-1)
+
+
+def _sit(state: State, cache: Cache, rows: Rows, newest: Int[Array, "R"]) -> State:
+    seats = state.newest.at[rows.seats].set(newest, mode="drop")
+    return State(cache, split_rows(seats, cache))
 
 
 def _step(

@@ -7,6 +7,10 @@ Plain Python, no device. One iteration of an engine is
     scheduler.prefilled(piece, token)  # for each piece; the token after its last one
     scheduler.decoded(turn, tokens)    # for each turn
 
+A plan needs no token of the one before: the next may be made, and be on its way to the device,
+while the results of the last are awaited. What a plan runs counts as done once it is made. It has
+to run, in order; a job that meets a stop token takes no more steps in a plan that did not know.
+
 Rules, in the order in which they count: the oldest job goes on, whatever it takes; a job that
 needs a page where there is none takes it from the youngest, which later computes everything again
 (or finds it in the pool); jobs are admitted in order of arrival, and only while nobody is short of
@@ -15,7 +19,6 @@ pages. So the oldest job always makes progress and every job ends.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 import math
@@ -85,13 +88,16 @@ class Job:
 
     Attributes:
       number: order of arrival.
-      tokens: the prompt and what came after it.
+      tokens: the prompt and what is known to come after it.
       prompt_length: tokens of the prompt.
       limit: the most tokens in all.
       stop_tokens: tokens that end it.
       deadline: when it ends in any case, on the caller's clock.
       pages: those it holds, in order.
-      computed: tokens whose keys and values are in the pages. All but the newest while decoding.
+      seat: which of the `rows` is its own while it holds pages.
+      computed: tokens whose keys and values the plans so far put into the pages. While decoding
+        all but the newest.
+      coming: tokens that the plans so far add, and that are not known yet.
       finish: why it ended; `None` before.
       keys: of the full pages of `tokens`, as far as they were needed.
       published: how many of its pages can be found by their key.
@@ -106,7 +112,9 @@ class Job:
     stop_tokens: frozenset[int] = frozenset()
     deadline: float = math.inf
     pages: list[int] = dataclasses.field(default_factory=list)
+    seat: int = -1
     computed: int = 0
+    coming: int = 0
     state: State = "waiting"
     finish: Finish | None = None
     keys: list[bytes] = dataclasses.field(default_factory=list)
@@ -121,23 +129,33 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a prompt, one row of a prefill call: tokens start .. start + count - 1."""
+    """A part of a prompt, one row of a prefill call.
+
+    Attributes:
+      job: whose prompt.
+      start: tokens in its pages before.
+      count: tokens to read.
+      last: whether the token after them is the job's next.
+    """
 
     job: Job
     start: int
     count: int
-
-    @property
-    def last(self) -> bool:
-        """Whether the token after it is the job's next."""
-        return self.start + self.count == len(self.job.tokens)
+    last: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A job's decode steps in this iteration, at most; it has the pages for them."""
+    """A job's decode steps in this iteration, at most; it has the pages for them.
+
+    Attributes:
+      job: who decodes.
+      start: tokens in its pages before.
+      steps: tokens to come.
+    """
 
     job: Job
+    start: int
     steps: int
 
 
@@ -164,7 +182,7 @@ class Scheduler:
 
     Attributes:
       waiting: jobs without pages, the oldest first.
-      active: jobs that hold pages, the oldest first.
+      active: jobs that hold pages, the oldest first; older than those that wait.
       preemptions: how many there have been.
     """
 
@@ -174,6 +192,8 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.active: list[Job] = []
         self.preemptions = 0
+        self._reading = False  # whether the newest plan does
+        self._seats = list(reversed(range(limits.rows)))
         self._numbers = itertools.count()
 
     def add(
@@ -227,36 +247,24 @@ class Scheduler:
         job.state, job.finish = "finished", finish
 
     def plan(self, now: float = 0.0) -> Plan:
-        """Assigns pages and says what to run. Empty only if there are no jobs."""
+        """Assigns pages, says what to run: nothing if there are no jobs or all await results."""
         expired = [job for job in self.waiting + self.active if job.deadline <= now]
         for job in expired:
             self.end(job, "deadline")
-        reading = any(job.state == "prefill" for job in self.active)
         steps = self.limits.steps
-        turns, short = self._grow(min(steps, self.limits.mixed_steps) if reading else steps)
-        if not short:
-            self._admit()
-        return Plan(self._cut(sum(turn.steps for turn in turns)), turns, expired)
+        turns, short = self._grow(min(steps, self.limits.mixed_steps) if self._reading else steps)
+        pieces = self._read(sum(turn.steps for turn in turns), admit=not short)
+        self._reading = bool(pieces)
+        return Plan(pieces, turns, expired)
 
     def prefilled(self, piece: Piece, token: int) -> None:
         """Takes in a piece that has run; `token` counts if it was the last of its prompt."""
-        job = piece.job
-        if job.state != "prefill":
-            return
-        job.computed = piece.start + piece.count
-        self._publish(job)
-        if job.computed == len(job.tokens):
-            job.state = "decode"
-            self._append(job, token)
+        if piece.last:
+            self._append(piece.job, [token], 1)
 
     def decoded(self, turn: Turn, tokens: Sequence[int]) -> None:
-        """Takes in a turn's tokens: as many as its steps, or fewer and the last a stop token."""
-        job = turn.job
-        for token in tokens:
-            if job.state == "decode":
-                job.computed += 1
-                self._append(job, token)
-        self._publish(job)
+        """Takes in a turn's tokens: as many as its steps, or fewer after a stop token."""
+        self._append(turn.job, tokens, turn.steps)
 
     # --- Parts of a plan ------------------------------------------------------------------------
 
@@ -266,9 +274,9 @@ class Scheduler:
         for job in list(self.active):
             if job.state != "decode":  # not yet, or preempted by an older one just now
                 continue
-            wanted = min(steps, job.limit - len(job.tokens))
+            wanted = min(steps, job.limit - len(job.tokens) - job.coming)
             missing = self.limits.pages(job.computed + wanted) - len(job.pages)
-            full = len(job.pages) * size == job.computed
+            full = wanted > 0 and len(job.pages) * size == job.computed
             while full and not self.pool.available and self.active[-1] is not job:
                 self._preempt(self.active[-1])
                 short = True
@@ -276,45 +284,64 @@ class Scheduler:
                 job.pages += self.pool.take(min(missing, self.pool.available))
             granted = min(wanted, len(job.pages) * size - job.computed)
             short |= granted < wanted
-            if granted:
-                turns.append(Turn(job, granted))
+            if granted > 0:
+                turns.append(Turn(job, job.computed, granted))
+                job.computed += granted
+                job.coming += granted
         return turns, short
 
-    def _admit(self) -> None:
-        """Gives waiting jobs the pages of all their tokens, in order, until one has to wait."""
-        size = self.limits.page_size
-        while self.waiting and len(self.active) < self.limits.rows:
-            job = self.waiting[0]
-            found: list[int] = []
-            if self.limits.reuse:
-                job.keys = page_keys(job.tokens, size, job.keys)
-                # The last token is computed in any case: its logits are wanted.
-                found = self.pool.find(job.keys[: (len(job.tokens) - 1) // size])
-            needed = self.limits.pages(len(job.tokens)) - len(found)
-            available = self.pool.available - sum(map(self.pool.is_idle, found))
-            to_come = self.limits.pages(job.limit) - self.limits.pages(len(job.tokens))
-            to_come += sum(self.limits.pages(x.limit) - len(x.pages) for x in self.active)
-            if needed + math.ceil(self.limits.reserve * to_come) > available:
-                return
-            self.pool.hold(found)
-            job.pages = found + self.pool.take(needed)
-            job.computed, job.published = len(found) * size, len(found)
-            job.reused += job.computed
-            job.state = "prefill"
-            bisect.insort(self.active, self.waiting.pop(0), key=lambda x: x.number)
+    def _read(self, decoded: int, *, admit: bool) -> list[Piece]:
+        """The next pieces of the prompts, the oldest first; jobs are admitted as their turn comes.
 
-    def _cut(self, decoded: int) -> list[Piece]:
-        """The next pieces of the prompts that are being read, the oldest first."""
+        So a prompt finds the beginning that it shares with one that came at the same time.
+        """
         count = self.limits.pieces
         if self.limits.budget is not None:
             count = max(1, min(count, (self.limits.budget - decoded) // self.limits.piece))
-        pieces = (
-            Piece(job, start, min(self.limits.piece, len(job.tokens) - start))
-            for job in self.active
-            if job.state == "prefill"
-            for start in range(job.computed, len(job.tokens), self.limits.piece)
-        )
-        return list(itertools.islice(pieces, count))
+        pieces: list[Piece] = []
+        for job in self.active:
+            self._cut(job, count, pieces)
+        while admit and len(pieces) < count and self._admit():
+            self._cut(self.active[-1], count, pieces)
+        return pieces
+
+    def _cut(self, job: Job, count: int, pieces: list[Piece]) -> None:
+        """Adds pieces of a job's prompt, as long as there are fewer than `count` in all."""
+        while job.state == "prefill" and len(pieces) < count:
+            tokens = min(self.limits.piece, len(job.tokens) - job.computed)
+            piece = Piece(job, job.computed, tokens, job.computed + tokens == len(job.tokens))
+            pieces.append(piece)
+            job.computed += tokens
+            if piece.last:
+                job.state = "decode"
+                job.coming = 1
+        self._publish(job)
+
+    def _admit(self) -> bool:
+        """Gives the oldest waiting job a seat, and pages for its tokens, if it need not wait."""
+        size = self.limits.page_size
+        if not self.waiting or not self._seats or self.waiting[0].coming:
+            return False
+        job = self.waiting[0]
+        found: list[int] = []
+        if self.limits.reuse:
+            job.keys = page_keys(job.tokens, size, job.keys)
+            # The last token is computed in any case: its logits are wanted.
+            found = self.pool.find(job.keys[: (len(job.tokens) - 1) // size])
+        needed = self.limits.pages(len(job.tokens)) - len(found)
+        available = self.pool.available - sum(map(self.pool.is_idle, found))
+        to_come = self.limits.pages(job.limit) - self.limits.pages(len(job.tokens))
+        to_come += sum(self.limits.pages(x.limit) - len(x.pages) for x in self.active)
+        if needed + math.ceil(self.limits.reserve * to_come) > available:
+            return False
+        self.pool.hold(found)
+        job.pages = found + self.pool.take(needed)
+        job.computed, job.published = len(found) * size, len(found)
+        job.reused += job.computed
+        job.state = "prefill"
+        job.seat = self._seats.pop()
+        self.active.append(self.waiting.pop(0))
+        return True
 
     def _preempt(self, job: Job) -> None:
         self.active.remove(job)
@@ -322,20 +349,25 @@ class Scheduler:
         job.state = "waiting"
         job.preemptions += 1
         self.preemptions += 1
-        bisect.insort(self.waiting, job, key=lambda x: x.number)
+        self.waiting.insert(0, job)
 
     # --- Parts of taking in results -------------------------------------------------------------
 
-    def _append(self, job: Job, token: int) -> None:
-        job.tokens.append(token)
-        if token in job.stop_tokens:
-            self.end(job, "stop")
-        elif len(job.tokens) >= job.limit:
-            self.end(job, "length")
+    def _append(self, job: Job, tokens: Sequence[int], expected: int) -> None:
+        job.coming -= expected
+        for token in tokens:
+            if job.state == "finished":
+                return
+            job.tokens.append(token)
+            if token in job.stop_tokens:
+                self.end(job, "stop")
+            elif len(job.tokens) >= job.limit:
+                self.end(job, "length")
+        self._publish(job)
 
     def _publish(self, job: Job) -> None:
-        """Makes the job's full pages findable."""
-        full = job.computed // self.limits.page_size
+        """Makes the job's full pages findable, as far as it is known what they hold."""
+        full = min(job.computed, len(job.tokens) - 1) // self.limits.page_size
         if not self.limits.reuse or full <= job.published:
             return
         job.keys = page_keys(job.tokens, self.limits.page_size, job.keys)
@@ -344,6 +376,8 @@ class Scheduler:
         job.published = full
 
     def _drop_pages(self, job: Job) -> None:
-        self._publish(job)
+        if job.pages:
+            self._publish(job)
+            self._seats.append(job.seat)
         self.pool.release(job.pages)
         job.pages, job.computed, job.published = [], 0, 0

@@ -16,7 +16,7 @@ from saw_int4_jax import generate, init_cache, make_sampling, serving
 from saw_int4_jax.models.llama import Llama, LlamaConfig
 from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.serving import Engine, Overloaded, Request
-from saw_int4_jax.serving.programs import decode_rows, prefill_rows
+from saw_int4_jax.serving.programs import State, decode_rows, prefill_rows
 from tests.checkpoints import byte_level
 from tests.hlo import assert_in_place
 
@@ -268,7 +268,8 @@ def test_cancel_frees_pages_at_once():
     running, waiting = (engine.submit(Request(text(0, 8), 20)) for _ in range(2))
     seen = []
     other = engine.submit(Request(text(1, 8), 9), lambda *news: seen.append(news))
-    engine.step()
+    for _ in range(3):
+        engine.step()
     for response in (running, waiting, running):
         engine.cancel(response)
         assert response.finish == "cancelled"
@@ -283,7 +284,8 @@ def test_deadlines():
     engine = make_engine(clock=lambda: now[0])
     late = engine.submit(Request(text(0, 8), 20, timeout_s=5))
     other = engine.submit(Request(text(1, 8), 20, timeout_s=500))
-    engine.step()
+    for _ in range(3):
+        engine.step()
     now[0] = 6.0
     engine.run()
     assert late.finish == "deadline"
@@ -361,9 +363,10 @@ def test_programs_update_the_pool_in_place():
     cache = jax.eval_shape(lambda: init_cache(spec, ROWS, MAX_LENGTH))
     for program, rows, options in (
         (prefill_rows, engine._rows(3, 4, []), {}),
-        (decode_rows, engine._rows(ROWS, 1, []), dict(max_steps=5)),
+        (decode_rows, engine._rows(ROWS, 0, []), dict(max_steps=5)),
     ):
-        lowered = program.lower(FORWARD, variables(), cache, rows, **options)
+        state = State(cache, cache.lengths)
+        lowered = program.lower(FORWARD, variables(), state, rows, **options)
         assert_in_place(lowered.compile(), cache.pages, temp_fraction=0.1)
 
 
@@ -412,7 +415,7 @@ def test_only_so_many_may_wait():
 
 def test_status_counts():
     engine = make_engine()
-    engine.generate([Request(text(0, 9), 6) for _ in range(3)])
+    engine.generate([Request(text(i, 9), 6) for i in range(3)])
     (again,) = engine.generate([Request(text(0, 9), 6)])
     status = engine.status()
     assert status["finished"] == {"length": 4}
