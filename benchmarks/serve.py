@@ -148,28 +148,28 @@ class Setting:
         """Over a pool of random pages: what the chip does with zeros is no measure."""
         config, spec = self.config(layers), self.spec(method, layers)
         forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
-        cache = jax.jit(self.cache, static_argnums=0)(spec)
+        cache = jax.jit(functools.partial(self.cache, spec))()
         variables = first_layers(variables, config)
         return Engine(forward, variables, cache, batches=self.batches, **self.limits)
 
-    def compile(self, method: str, layers: int | None, variables: Any, call: str, size: int) -> str:
+    def compile(
+        self, method: str, layers: int | None, variables: Any, call: str, size: int, count: int
+    ) -> str:
         """Compiles a program of `engine` without a weight or a page, for the compilation cache."""
         start = time.perf_counter()
         config, spec = self.config(layers), self.spec(method, layers)
         forward = one_layer_forward(config, jnp.dtype(jnp.bfloat16))
-        cache = jax.eval_shape(self.cache, spec)
+        cache = jax.eval_shape(functools.partial(self.cache, spec))
         state = State(cache, cache.lengths)
         variables = first_layers(variables, config)
-        width = self.limits["piece"] if call == "prefill" else 0
-        rows = idle_rows(size, width, cache.page_table.shape[1])
+        rows = idle_rows(size, count if call == "prefill" else 0, cache.page_table.shape[1])
         if call == "prefill":
             lowered = prefill_rows.lower(forward, variables, state, rows)
         else:
-            steps = self.limits["steps"]
-            lowered = decode_rows.lower(forward, variables, state, rows, max_steps=steps)
+            lowered = decode_rows.lower(forward, variables, state, rows, num_steps=count)
         lowered.compile()
-        seconds = time.perf_counter() - start
-        return f"{method} {config.num_layers} layers {call} of {size}: compiled in {seconds:.1f} s"
+        program = f"{method} {config.num_layers} layers {call} {size} x {count}"
+        return f"{program}: compiled in {time.perf_counter() - start:.1f} s"
 
 
 # --- Jobs -------------------------------------------------------------------------------------
@@ -255,8 +255,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--piece", type=int, default=256)
     parser.add_argument("--pieces", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--mixed-steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--mixed-steps", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no job past this")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="to compile")
     parser.add_argument("--compile-only", action="store_true", help="needs no memory")
@@ -289,7 +289,9 @@ def main() -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
 
     depths = dict.fromkeys(job.layers for job in jobs)
-    calls = [("prefill", limits["pieces"]), *(("decode", batch) for batch in setting.batches)]
+    calls = [("prefill", size, arguments.piece) for size in {1, arguments.pieces}]
+    steps = {arguments.steps, arguments.mixed_steps}
+    calls += [("decode", *call) for call in itertools.product(setting.batches, steps)]
     programs = itertools.product(depths, calls, arguments.methods)
     shapes = parameter_shapes(model)
     with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:

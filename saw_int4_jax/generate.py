@@ -65,11 +65,11 @@ def make_sampling(
       ValueError: a parameter is out of range or has not B values.
     """
 
-    def field(name: str, value: Any, dtype: Any, valid: Callable[[Any], Any], what: str) -> Array:
+    def field(name: str, value: Any, dtype: Any, valid: Callable[[Any], Any], what: str) -> Any:
         values = np.asarray(value)
         if values.shape not in ((), (batch,)) or not np.all(valid(values)):
             raise ValueError(f"Expected {name}={value} to be {what}, one or {batch} of them")
-        return jnp.asarray(np.broadcast_to(values, (batch,)).astype(dtype))
+        return np.broadcast_to(values, (batch,)).astype(dtype)  # a compiled call brings it over
 
     seeds = np.asarray(seed) + (np.arange(batch) if np.ndim(seed) == 0 else 0)
     at_least_zero = "finite and at least 0"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saw_int4_jax.cache import Cache
+from saw_int4_jax.cache import DATA, Cache
 from saw_int4_jax.generate import Forward, _on_the_device_of, make_sampling
 from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.serving.metrics import Metrics, Timing
@@ -69,7 +70,8 @@ class Engine:
       scheduler: who waits and who runs; for reading.
       metrics: counts and times.
       steps: iterations so far.
-      programs: the shapes that have run, `("prefill" | "decode", rows)`: each is one compilation.
+      programs: what has run, each one compilation: `("prefill", rows, tokens of each)` and
+        `("decode", rows, steps)`.
     """
 
     def __init__(
@@ -93,15 +95,19 @@ class Engine:
             `max_length` bounds each. It may be sharded.
           tokenizer: for text and stop strings.
           eos: tokens that end every request. `None`: the tokenizer's.
-          batches: sizes of the decode step, one compiled program each; the smallest that fits the
-            running requests is used. `None`: the cache's batch, a quarter of it, and so on.
+          batches: sizes of the decode step, two compiled programs each, for `steps` and
+            `mixed_steps`; the smallest that fits the running requests is used. `None`: the cache's
+            batch, a quarter of it, and so on.
           clock: seconds, for deadlines and timings.
           **limits: `piece`, `pieces`, `steps`, `mixed_steps`, `budget`, `reserve`, `max_waiting`,
             `reuse` of `scheduler.Limits`.
 
         Raises:
-          ValueError: a limit is out of range, or the largest of `batches` is not the cache's.
+          ValueError: a limit is out of range, the largest of `batches` is not the cache's, or it
+            has several pools.
         """
+        if cache.mesh is not None and cache.mesh.shape[DATA] > 1:
+            raise ValueError(f"Expected {cache.mesh=} to have one pool; let an engine serve each")
         rows = cache.batch
         if batches is None:
             batches = [rows >> shift for shift in range(0, rows.bit_length(), 2)]
@@ -112,11 +118,14 @@ class Engine:
         self.limits = Limits(
             cache.pages.num_pages, cache.pages.page_size, max_pages, rows, **limits
         )
+        self._step_counts = sorted(
+            {self.limits.steps, min(self.limits.steps, self.limits.mixed_steps)}
+        )
         self.scheduler = Scheduler(self.limits)
         self.metrics = Metrics()
         self.tokenizer = tokenizer
         self.steps = 0
-        self.programs: set[tuple[str, int]] = set()
+        self.programs: set[tuple[str, int, int]] = set()
         self._eos = tuple(tokenizer.eos_ids if eos is None and tokenizer else eos or ())
         self._forward = forward
         self._variables = variables
@@ -229,10 +238,13 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every program, so that the first requests do not wait for it."""
-        for pieces in {1, self.limits.pieces}:
-            self._prefill(self._rows(pieces, self.limits.piece, []))
-        for batch in self.batches:
-            self._decode(self._rows(batch, 0, []))
+        for _ in range(2):  # a sharded cache comes back by another name of its layout
+            for pieces in {1, self.limits.pieces}:
+                self._prefill(self._rows(pieces, self.limits.piece, []))
+            for batch, steps in itertools.product(self.batches, self._step_counts):
+                rows = self._rows(batch, 0, [])
+                rows.counts[:] = steps  # of nobody: without a seat nothing is done
+                self._decode(rows)
         jax.block_until_ready(self._state)
 
     def status(self) -> dict[str, Any]:
@@ -295,15 +307,17 @@ class Engine:
             _tell(news)
 
     def _prefill(self, rows: Rows) -> jax.Array:
-        self.programs.add(("prefill", len(rows.counts)))
+        size, width = rows.tokens.shape
+        self.programs.add(("prefill", size, width))
         tokens, self._state = prefill_rows(self._forward, self._variables, self._state, rows)
         tokens.copy_to_host_async()
         return tokens
 
     def _decode(self, rows: Rows) -> jax.Array:
-        self.programs.add(("decode", len(rows.counts)))
+        steps = min(n for n in self._step_counts if n >= rows.counts.max())
+        self.programs.add(("decode", len(rows.counts), steps))
         tokens, self._state = decode_rows(
-            self._forward, self._variables, self._state, rows, max_steps=self.limits.steps
+            self._forward, self._variables, self._state, rows, num_steps=steps
         )
         tokens.copy_to_host_async()
         return tokens

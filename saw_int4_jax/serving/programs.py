@@ -105,24 +105,22 @@ def prefill_rows(
     return new, _sit(state, cache, rows, jnp.where(_stops(new, rows), -1, new))
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "max_steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("forward", "num_steps"), donate_argnames="state")
 def decode_rows(
-    forward: Forward, variables: Any, state: State, rows: Rows, *, max_steps: int
-) -> tuple[Int[Array, "R max_steps"], State]:
+    forward: Forward, variables: Any, state: State, rows: Rows, *, num_steps: int
+) -> tuple[Int[Array, "R num_steps"], State]:
     """`counts[r]` decode steps of each row, or fewer where a stop token comes or has come.
+
+    The loop always takes `num_steps` steps: one that asked whether rows are left would have the
+    host wait for the answer, on a GPU, and nothing could be sent off behind it.
 
     Returns:
       The new tokens, -1 after each row's last, and the state.
     """
     newest = state.newest.at[rows.seats].get(mode="fill", fill_value=-1)
-    left = jnp.where(newest >= 0, rows.counts, 0)
-    out = jnp.full((len(rows.counts), max_steps), -1, jnp.int32)
 
-    def going(carry):
-        return (carry[2] > 0).any()
-
-    def body(carry):
-        index, newest, left, lengths, cache, out = carry
+    def body(index, carry):
+        newest, left, lengths, cache, out = carry
         runs = left > 0
         counts = runs.astype(jnp.int32)
         logits, cache = _step(forward, variables, cache, rows, newest[:, None], counts, lengths)
@@ -131,10 +129,12 @@ def decode_rows(
         out = out.at[:, index].set(jnp.where(runs, new, -1))
         stops = runs & _stops(new, rows)
         newest = jnp.where(stops, -1, jnp.where(runs, new, newest))
-        return index + 1, newest, jnp.where(stops, 0, left - counts), lengths, cache, out
+        return newest, jnp.where(stops, 0, left - counts), lengths, cache, out
 
-    carry = (0, newest, left, rows.lengths, state.cache, out)
-    _, newest, _, _, cache, out = lax.while_loop(going, body, carry)
+    left = jnp.where(newest >= 0, rows.counts, 0)
+    out = jnp.full((len(rows.counts), num_steps), -1, jnp.int32)
+    carry = newest, left, rows.lengths, state.cache, out
+    newest, _, _, cache, out = lax.fori_loop(0, num_steps, body, carry)
     return out, _sit(state, cache, rows, newest)
 
 

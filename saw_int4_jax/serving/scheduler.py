@@ -46,8 +46,9 @@ class Limits:
       rows: the most jobs that hold pages at a time.
       piece: prompt tokens in one row of a prefill call.
       pieces: rows of a prefill call, which has one or all of them.
-      steps: decode steps of one dispatch.
-      mixed_steps: the same while prompts are being read: how long these then wait.
+      steps: decode steps of an iteration.
+      mixed_steps: the same while prompts are being read: the fewer, the sooner those are read and
+        the longer a token takes meanwhile.
       budget: tokens of one iteration, prefill and decode; decode comes first, but one piece is
         always read. `None`: what fits.
       reserve: share of the tokens still to come of admitted jobs for which admission keeps pages
@@ -62,8 +63,8 @@ class Limits:
     rows: int
     piece: int = 256
     pieces: int = 4
-    steps: int = 16
-    mixed_steps: int = 4
+    steps: int = 8
+    mixed_steps: int = 2
     budget: int | None = None
     reserve: float = 0.25
     max_waiting: int = 1024

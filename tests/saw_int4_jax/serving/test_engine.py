@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 import textwrap
 import threading
 
@@ -17,6 +20,7 @@ from saw_int4_jax.models.llama import Llama, LlamaConfig
 from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.serving import Engine, Overloaded, Request
 from saw_int4_jax.serving.programs import State, decode_rows, prefill_rows
+from saw_int4_jax.sharding import make_mesh, shard_params
 from tests.checkpoints import byte_level
 from tests.hlo import assert_in_place
 
@@ -163,7 +167,7 @@ arrivals = st.lists(
 )
 options = st.fixed_dictionaries(
     dict(
-        mixed_steps=st.integers(1, 5),
+        mixed_steps=st.sampled_from([2, 5]),
         budget=st.none() | st.integers(1, 20),
         reserve=st.sampled_from([0.0, 0.25, 1.0]),
         reuse=st.booleans(),
@@ -331,11 +335,12 @@ def test_requests_from_other_threads():
 
 
 def test_a_few_programs_serve_all():
-    """Prefill of one piece and of three, decode of two rows and of four."""
+    """Prefill of one piece and of three, few or more decode steps of two rows and of four."""
     engine = make_engine()
     engine.generate([Request(text(i, 1 + 3 * i), 1 + 3 * i, temperature=i % 2) for i in range(7)])
     engine.generate([Request(text(9, 3), 2)])
-    assert engine.programs == {("prefill", 1), ("prefill", 3), ("decode", 2), ("decode", 4)}
+    decodes = {("decode", batch, steps) for batch in (2, 4) for steps in (2, 5)}
+    assert engine.programs == {("prefill", 1, 4), ("prefill", 3, 4)} | decodes
 
 
 def test_nothing_is_compiled_as_requests_come_and_go():
@@ -363,11 +368,36 @@ def test_programs_update_the_pool_in_place():
     cache = jax.eval_shape(lambda: init_cache(spec, ROWS, MAX_LENGTH))
     for program, rows, options in (
         (prefill_rows, engine._rows(3, 4, []), {}),
-        (decode_rows, engine._rows(ROWS, 0, []), dict(max_steps=5)),
+        (decode_rows, engine._rows(ROWS, 0, []), dict(num_steps=5)),
     ):
         state = State(cache, cache.lengths)
         lowered = program.lower(FORWARD, variables(), state, rows, **options)
         assert_in_place(lowered.compile(), cache.pages, temp_fraction=0.1)
+
+
+def check_sharded_engine():
+    spec = CONFIG.cache_spec(NUM_PAGES, page_size=PAGE_SIZE)
+    two_pools = init_cache(spec, ROWS, MAX_LENGTH, mesh=make_mesh(kv_heads=1, data=2))
+    with pytest.raises(ValueError, match="one pool"):
+        Engine(FORWARD, variables(), two_pools)
+    mesh = make_mesh(kv_heads=2)
+    cache = init_cache(spec, ROWS, MAX_LENGTH, mesh=mesh)
+    shapes = dict(piece=4, pieces=3, steps=5, batches=[4])
+    engine = Engine(FORWARD, shard_params(variables(), mesh), cache, **shapes)
+    engine.warm_up()
+    programs = prefill_rows._cache_size(), decode_rows._cache_size()
+    prompts = [text(i % 3, 1 + 3 * i) for i in range(6)]
+    responses = engine.generate([Request(prompt, 9) for prompt in prompts])
+    assert (prefill_rows._cache_size(), decode_rows._cache_size()) == programs
+    assert [x.tokens for x in responses] == [expected(prompt, 9) for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_a_cache_on_two_devices():
+    code = "from tests.saw_int4_jax.serving.test_engine import check_sharded_engine as f; f()"
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 # --- Bad input, and figures -----------------------------------------------------------------------
