@@ -310,7 +310,7 @@ def main() -> None:
         if time.perf_counter() - began > arguments.seconds:
             break
         engine = setting.engine(method, job.layers, variables)
-        engine.warm_up()
+        engine.warm_up(sampled=False)
         spec = setting.spec(method, job.layers)
         pool_tokens = spec.num_pages * spec.page_size
         about = {

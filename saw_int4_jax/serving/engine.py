@@ -14,6 +14,7 @@ program for other shapes may round differently.)
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import itertools
 import threading
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saw_int4_jax.cache import DATA, Cache
-from saw_int4_jax.generate import Forward, _on_the_device_of, make_sampling
+from saw_int4_jax.generate import Forward, Sampling, _on_the_device_of, make_sampling
 from saw_int4_jax.models.tokenizer import Tokenizer
 from saw_int4_jax.serving.metrics import Metrics, Timing
 from saw_int4_jax.serving.programs import (
@@ -70,8 +71,8 @@ class Engine:
       scheduler: who waits and who runs; for reading.
       metrics: counts and times.
       steps: iterations so far.
-      programs: what has run, each one compilation: `("prefill", rows, tokens of each)` and
-        `("decode", rows, steps)`.
+      programs: what has run, each one compilation: `("prefill", rows, tokens of each, sampled)`
+        and `("decode", rows, steps, sampled)`.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Engine:
             `max_length` bounds each. It may be sharded.
           tokenizer: for text and stop strings.
           eos: tokens that end every request. `None`: the tokenizer's.
-          batches: sizes of the decode step, two compiled programs each, for `steps` and
-            `mixed_steps`; the smallest that fits the running requests is used. `None`: the cache's
-            batch, a quarter of it, and so on.
+          batches: sizes of the decode step; the smallest that fits the running requests is used.
+            `None`: the cache's batch, a quarter of it, and so on. Each is a compiled program for
+            `steps` and one for `mixed_steps`, and all programs exist for greedy requests alone and
+            for any.
           clock: seconds, for deadlines and timings.
           **limits: `piece`, `pieces`, `steps`, `mixed_steps`, `budget`, `reserve`, `max_waiting`,
             `reuse` of `scheduler.Limits`.
@@ -125,7 +127,7 @@ class Engine:
         self.metrics = Metrics()
         self.tokenizer = tokenizer
         self.steps = 0
-        self.programs: set[tuple[str, int, int]] = set()
+        self.programs: set[tuple[str, int, int, bool]] = set()
         self._eos = tuple(tokenizer.eos_ids if eos is None and tokenizer else eos or ())
         self._forward = forward
         self._variables = variables
@@ -236,15 +238,27 @@ class Engine:
         """Returns when there may be something to do: for a thread that does nothing but step."""
         self._work.wait(timeout_s)
 
-    def warm_up(self) -> None:
-        """Compiles every program, so that the first requests do not wait for it."""
-        for _ in range(2):  # a sharded cache comes back by another name of its layout
-            for pieces in {1, self.limits.pieces}:
-                self._prefill(self._rows(pieces, self.limits.piece, []))
-            for batch, steps in itertools.product(self.batches, self._step_counts):
-                rows = self._rows(batch, 0, [])
-                rows.counts[:] = steps  # of nobody: without a seat nothing is done
-                self._decode(rows)
+    def warm_up(self, *, sampled: bool = True) -> None:
+        """Compiles every program, many at a time, so that the first requests do not wait for it.
+
+        Args:
+          sampled: those for requests that are not greedy too.
+        """
+        limits = self.limits
+        calls = [idle_rows(pieces, limits.piece, limits.max_pages) for pieces in {1, limits.pieces}]
+        for batch, steps in itertools.product(self.batches, self._step_counts):
+            rows = idle_rows(batch, 0, limits.max_pages)
+            rows.counts[:] = steps  # of nobody: without a seat nothing is done
+            calls.append(rows)
+        if sampled:
+            calls += [
+                dataclasses.replace(rows, sampling=make_sampling(len(rows.counts)))
+                for rows in calls
+            ]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(self._compile, calls))
+        for rows in calls * 2:  # a sharded cache comes back by another name of its layout
+            self._call(rows)
         jax.block_until_ready(self._state)
 
     def status(self) -> dict[str, Any]:
@@ -279,8 +293,8 @@ class Engine:
             pieces = self._piece_rows(plan.pieces) if plan.pieces else None
             turns = self._turn_rows(plan.turns) if plan.turns else None
         if plan:
-            firsts = None if pieces is None else self._prefill(pieces)
-            decoded = None if turns is None else self._decode(turns)
+            firsts = None if pieces is None else self._call(pieces)
+            decoded = None if turns is None else self._call(turns)
             self._under_way.append((plan, firsts, decoded))
             self.steps += 1
         _tell(news)
@@ -306,19 +320,24 @@ class Engine:
                 news = self._take_all(turn.job for turn in plan.turns)
             _tell(news)
 
-    def _prefill(self, rows: Rows) -> jax.Array:
+    def _program(self, rows: Rows) -> tuple[Any, dict[str, int]]:
+        """What a call runs, and its static arguments."""
         size, width = rows.tokens.shape
-        self.programs.add(("prefill", size, width))
-        tokens, self._state = prefill_rows(self._forward, self._variables, self._state, rows)
-        tokens.copy_to_host_async()
-        return tokens
+        if width:
+            self.programs.add(("prefill", size, width, rows.sampling is not None))
+            return prefill_rows, {}
+        steps = min(count for count in self._step_counts if count >= rows.counts.max())
+        self.programs.add(("decode", size, steps, rows.sampling is not None))
+        return decode_rows, {"num_steps": steps}
 
-    def _decode(self, rows: Rows) -> jax.Array:
-        steps = min(n for n in self._step_counts if n >= rows.counts.max())
-        self.programs.add(("decode", len(rows.counts), steps))
-        tokens, self._state = decode_rows(
-            self._forward, self._variables, self._state, rows, num_steps=steps
-        )
+    def _compile(self, rows: Rows) -> None:
+        program, static = self._program(rows)
+        program.lower(self._forward, self._variables, self._state, rows, **static).compile()
+
+    def _call(self, rows: Rows) -> jax.Array:
+        """Sends a call off; its tokens to come."""
+        program, static = self._program(rows)
+        tokens, self._state = program(self._forward, self._variables, self._state, rows, **static)
         tokens.copy_to_host_async()
         return tokens
 
@@ -339,16 +358,28 @@ class Engine:
         rows: Any = idle_rows(size, width, self.limits.max_pages)
         for row, (job, length, count, seat) in enumerate(sequences):
             entry = self._entries[job.number]
-            request = entry.response.request
             rows.seats[row], rows.lengths[row], rows.counts[row] = seat, length, count
             if width:
                 rows.tokens[row, :count] = job.tokens[length : length + count]
             rows.page_table[row, : len(job.pages)] = job.pages
             rows.stop_tokens[row, : len(entry.stop_tokens)] = entry.stop_tokens
-            for name in ("temperature", "top_k", "top_p", "min_p"):
-                getattr(rows.sampling, name)[row] = getattr(request, name)
-            rows.sampling.seed[row] = job.number if request.seed is None else request.seed
-        return rows
+        return dataclasses.replace(rows, sampling=self._sampling(size, [x[0] for x in sequences]))
+
+    def _sampling(self, size: int, jobs: Sequence[Job]) -> Sampling | None:
+        """How rows draw; `None` if all are greedy, like those that are idle."""
+        requests = [self._entries[job.number].response.request for job in jobs]
+        if not any(request.temperature > 0 for request in requests):
+            return None
+        seeds = [job.number if x.seed is None else x.seed for job, x in zip(jobs, requests)]
+        idle: list[Any] = [0] * (size - len(jobs))
+        return make_sampling(
+            size,
+            temperature=[*(x.temperature for x in requests), *idle],
+            top_k=[x.top_k for x in requests] + idle,
+            top_p=[x.top_p for x in requests] + [1.0] * len(idle),
+            min_p=[*(x.min_p for x in requests), *idle],
+            seed=seeds + idle,
+        )
 
     # --- Taking in results ------------------------------------------------------------------------
 

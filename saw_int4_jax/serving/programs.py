@@ -57,7 +57,8 @@ class Rows:
       lengths: `int32[R]`, tokens in the pages before them.
       page_table: `int32[R, max_pages]`, with pages for all that the call writes.
       stop_tokens: `int32[R, E]`, tokens that end a sequence; -1 is none.
-      sampling: how each picks its next token.
+      sampling: how each picks its next token; `None`: all are greedy. It is another program, not a
+        branch, for which the host would have to wait like for a loop's end.
     """
 
     seats: Int[Array, "R"]
@@ -66,11 +67,11 @@ class Rows:
     lengths: Int[Array, "R"]
     page_table: Int[Array, "R max_pages"]
     stop_tokens: Int[Array, "R E"]
-    sampling: Sampling
+    sampling: Sampling | None
 
 
 def idle_rows(size: int, width: int, max_pages: int) -> Rows:
-    """Rows without work, in numpy: for the host to fill in."""
+    """Greedy rows without work, in numpy: for the host to fill in."""
     arrays: dict[str, Any] = dict(
         seats=np.full(size, NO_SEAT, np.int32),
         tokens=np.zeros((size, width), np.int32),
@@ -79,14 +80,7 @@ def idle_rows(size: int, width: int, max_pages: int) -> Rows:
         page_table=np.full((size, max_pages), -1, np.int32),
         stop_tokens=np.full((size, MAX_STOP_TOKENS), -1, np.int32),
     )
-    sampling: dict[str, Any] = dict(
-        temperature=np.zeros(size, np.float32),
-        top_k=np.zeros(size, np.int32),
-        top_p=np.ones(size, np.float32),
-        min_p=np.zeros(size, np.float32),
-        seed=np.zeros(size, np.int32),
-    )
-    return Rows(**arrays, sampling=Sampling(**sampling))
+    return Rows(**arrays, sampling=None)
 
 
 @functools.partial(jax.jit, static_argnames="forward", donate_argnames="state")
@@ -101,7 +95,7 @@ def prefill_rows(
     logits, cache = _step(
         forward, variables, state.cache, rows, rows.tokens, rows.counts, rows.lengths
     )
-    new = _sample(logits, rows.lengths + rows.counts, rows.sampling)
+    new = sample(logits, rows.lengths + rows.counts, rows.sampling)
     return new, _sit(state, cache, rows, jnp.where(_stops(new, rows), -1, new))
 
 
@@ -125,7 +119,7 @@ def decode_rows(
         counts = runs.astype(jnp.int32)
         logits, cache = _step(forward, variables, cache, rows, newest[:, None], counts, lengths)
         lengths += counts
-        new = _sample(logits, lengths, rows.sampling)
+        new = sample(logits, lengths, rows.sampling)
         out = out.at[:, index].set(jnp.where(runs, new, -1))
         stops = runs & _stops(new, rows)
         newest = jnp.where(stops, -1, jnp.where(runs, new, newest))
@@ -158,12 +152,3 @@ def _step(
     if logits.shape[1] > 1:
         logits = last_token(logits, seen)
     return logits[:, 0], dataclasses.replace(cache, pages=seen.pages)
-
-
-def _sample(logits: Float[Array, "R vocab"], position, sampling: Sampling) -> Int[Array, "R"]:
-    """`sample`, whose sorting is left out where all rows are greedy."""
-    return lax.cond(
-        (sampling.temperature > 0).any(),
-        lambda: sample(logits, position, sampling),
-        lambda: sample(logits, position, None),
-    )

@@ -53,7 +53,7 @@ def make_engine(method="bdr", **options) -> Engine:
     methods = {"bf16": dict(dtype="bf16"), "int4": dict(order=1), "bdr": dict()}
     spec = CONFIG.cache_spec(NUM_PAGES, page_size=PAGE_SIZE, **methods[method])
     cache = init_cache(spec, ROWS, MAX_LENGTH)
-    options = dict(piece=4, pieces=3, steps=5, mixed_steps=2, batches=[2, 4]) | options
+    options = dict(piece=4, pieces=3, steps=5, mixed_steps=2, batches=[4]) | options
     return Engine(FORWARD, variables(), cache, **options)
 
 
@@ -107,7 +107,7 @@ def test_many_requests_at_once():
 
 def test_an_unquantized_cache():
     """With itself alone, since `alone` uses BDR."""
-    prompts, shapes = [text(0, 17), text(0, 9), text(1, 14)], dict(pieces=1, batches=[4])
+    prompts, shapes = [text(0, 17), text(0, 9), text(1, 14)], dict(pieces=1)
     together = make_engine("bf16", **shapes).generate([Request(p, 12) for p in prompts])
     for prompt, response in zip(prompts, together):
         engine = make_engine("bf16", reuse=False, **shapes)
@@ -335,12 +335,15 @@ def test_requests_from_other_threads():
 
 
 def test_a_few_programs_serve_all():
-    """Prefill of one piece and of three, few or more decode steps of two rows and of four."""
-    engine = make_engine()
+    """Prefill of one piece and of three, few or more decode steps of two rows and of four, each
+    for greedy requests and for any."""
+    engine = make_engine(batches=[2, 4])
     engine.generate([Request(text(i, 1 + 3 * i), 1 + 3 * i, temperature=i % 2) for i in range(7)])
     engine.generate([Request(text(9, 3), 2)])
-    decodes = {("decode", batch, steps) for batch in (2, 4) for steps in (2, 5)}
-    assert engine.programs == {("prefill", 1, 4), ("prefill", 3, 4)} | decodes
+    calls = {("prefill", 1, 4), ("prefill", 3, 4)}
+    calls |= {("decode", batch, steps) for batch in (2, 4) for steps in (2, 5)}
+    assert engine.programs <= {(*call, sampled) for call in calls for sampled in (False, True)}
+    assert {call[:3] for call in engine.programs} == calls
 
 
 def test_nothing_is_compiled_as_requests_come_and_go():

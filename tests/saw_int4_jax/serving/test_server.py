@@ -244,7 +244,7 @@ def test_a_dead_engine_is_unavailable(model, directory):
         serving(app) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client,
     ):
-        engine._decode = None  # whatever may go wrong
+        engine._call = None  # whatever may go wrong
         with pytest.raises(openai.InternalServerError, match="engine"):
             client.completions.create(model="tiny", prompt="hello", max_tokens=20)
         with pytest.raises(openai.InternalServerError, match="engine"):
