@@ -9,6 +9,7 @@ measures jobs on the engine that users run, in the order given, each for all cac
                           so many: conversations that go on
     16384x1024@128/9      the same model with 9 layers and a pool in proportion: everything but
                           embedding and logits takes that share of the time, nothing else changes
+    …:bf16,bdr            not for all caches
 
 All requests of a job arrive at once and it ends with the last. Weights are random, the pools of all
 caches have the same size in bytes. Programs are compiled before; `--compile-only` does that alone,
@@ -37,7 +38,7 @@ import numpy as np
 
 from benchmarks.decode_step import random_pages
 from saw_int4_jax import Cache, CacheSpec, init_cache
-from saw_int4_jax.demo import METHOD_OPTIONS, REFERENCE_MODEL
+from saw_int4_jax.demo import METHOD_OPTIONS, METHODS, REFERENCE_MODEL
 from saw_int4_jax.models.configs import CONFIGS
 from saw_int4_jax.models.hugging_face import read_config
 from saw_int4_jax.models.llama import Llama, LlamaConfig, one_layer_forward
@@ -48,10 +49,12 @@ from saw_int4_jax.serving.programs import State, decode_rows, idle_rows, prefill
 
 JOBS = [
     "256x1024@32,64,128,256",
-    "16384x1024@8,16",
-    "16128+256x1024@32",
-    "16384x1024@128,64,32/9",
-    "16128+256x1024@128/9",
+    "16384x1024@8",
+    "16384x1024@128/9:bf16,bdr",
+    "16128+256x1024@32:bf16,bdr",
+    "16384x1024@32/9",
+    "16384x1024@64,16/9:bf16,bdr",
+    "16128+256x1024@128/9:bf16,bdr",
 ]
 
 
@@ -65,6 +68,7 @@ class Job:
       new: tokens of each answer.
       concurrency: requests.
       layers: of the model; `None`: all.
+      methods: caches to measure.
     """
 
     found: int
@@ -72,6 +76,7 @@ class Job:
     new: int
     concurrency: int
     layers: int | None = None
+    methods: tuple[str, ...] = METHODS
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
         rng = np.random.default_rng(0)
@@ -79,15 +84,20 @@ class Job:
 
 
 def parse_jobs(texts: Sequence[str]) -> list[Job]:
-    """Jobs from words like `16128+256x1024@32,64/9`."""
+    """Jobs from words like `16128+256x1024@32,64/9:bf16,bdr`."""
     jobs = []
     for text in texts:
-        match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)@(\d+(?:,\d+)*)(?:/(\d+))?", text)
+        pattern = r"(?:(\d+)\+)?(\d+)x(\d+)@(\d+(?:,\d+)*)(?:/(\d+))?(?::([a-z0-9,]+))?"
+        match = re.fullmatch(pattern, text)
         if match is None:
             raise ValueError(f"Expected {text!r} to be like 256x1024@32,64")
         found, prompt, new = int(match[1] or 0), int(match[2]), int(match[3])
         layers = int(match[5]) if match[5] else None
-        jobs += [Job(found, found + prompt, new, int(n), layers) for n in match[4].split(",")]
+        methods = tuple(match[6].split(",")) if match[6] else METHODS
+        if not set(methods) <= set(METHODS):
+            raise ValueError(f"Expected {methods=} of {text!r} to be some of {METHODS}")
+        shapes = [(found, found + prompt, new, int(n), layers) for n in match[4].split(",")]
+        jobs += [Job(*shape, methods) for shape in shapes]
     return jobs
 
 
@@ -248,11 +258,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="Qwen3-8B", help=f"reference, {', '.join(CONFIGS)}")
-    parser.add_argument("--jobs", nargs="+", default=JOBS, metavar="[F+]PxN@C,C[/L]")
-    parser.add_argument("--methods", nargs="+", choices=METHOD_OPTIONS, default=[*METHOD_OPTIONS])
+    parser.add_argument("--jobs", nargs="+", default=JOBS, metavar="[F+]PxN@C,C[/L][:M,M]")
     parser.add_argument("--pool-gb", type=float, default=100.0, help="of each method's pool")
     parser.add_argument("--page-size", type=int, default=128)
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--piece", type=int, default=256)
     parser.add_argument("--pieces", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
@@ -288,16 +297,15 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {text}", flush=True)
 
-    depths = dict.fromkeys(job.layers for job in jobs)
+    runs = [(job, method) for job in jobs for method in job.methods]
     calls = [("prefill", size, arguments.piece) for size in {1, arguments.pieces}]
     steps = {arguments.steps, arguments.mixed_steps}
     calls += [("decode", *call) for call in itertools.product(setting.batches, steps)]
-    programs = itertools.product(depths, calls, arguments.methods)
+    programs = itertools.product(dict.fromkeys((m, job.layers) for job, m in runs), calls)
     shapes = parameter_shapes(model)
     with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
         compiles = [
-            pool.submit(setting.compile, method, layers, shapes, *call)
-            for layers, call, method in programs
+            pool.submit(setting.compile, *engine, shapes, *call) for engine, call in programs
         ]
         for compiled in concurrent.futures.as_completed(compiles):
             say(compiled.result())
@@ -306,7 +314,7 @@ def main() -> None:
 
     variables = random_weights(model)
     rows: list[dict[str, Any]] = []
-    for job, method in itertools.product(jobs, arguments.methods):
+    for job, method in runs:
         if time.perf_counter() - began > arguments.seconds:
             break
         engine = setting.engine(method, job.layers, variables)

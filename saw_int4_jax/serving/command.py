@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--piece", type=int, metavar="T", help="prompt tokens in a prefill row")
     parser.add_argument("--pieces", type=int, metavar="R", help="rows of a prefill call")
-    parser.add_argument("--steps", type=int, default=8, help="decode steps of a dispatch")
+    parser.add_argument("--steps", type=int, default=4, help="decode steps of a dispatch")
     parser.add_argument("--max-waiting", type=int, default=256, help="the rest are refused: 429")
     parser.add_argument("--max-body-mb", type=float, default=4.0, help="the rest are refused: 413")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights")

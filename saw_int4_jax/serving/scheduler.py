@@ -63,8 +63,8 @@ class Limits:
     rows: int
     piece: int = 256
     pieces: int = 4
-    steps: int = 8
-    mixed_steps: int = 2
+    steps: int = 4
+    mixed_steps: int = 4
     budget: int | None = None
     reserve: float = 0.25
     max_waiting: int = 1024

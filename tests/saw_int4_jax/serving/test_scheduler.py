@@ -288,7 +288,7 @@ def test_prompts_that_come_together_share_their_beginning():
 
 
 def test_the_next_plan_needs_no_results():
-    scheduler = Scheduler(Limits(**LIMITS))
+    scheduler = Scheduler(Limits(**LIMITS, mixed_steps=2))
     job = scheduler.add([1, 2, 3], 8)
     plans = [scheduler.plan() for _ in range(5)]
     turns = [turn for plan in plans for turn in plan.turns]

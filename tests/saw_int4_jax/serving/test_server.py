@@ -268,7 +268,7 @@ def test_the_command_serves(directory, monkeypatch):
         seen.update(options, app=app)
 
     monkeypatch.setattr(uvicorn, "run", run)
-    small = ["--rows", "4", "--page-size", "16", "--piece", "16", "--pieces", "2", "--steps", "4"]
+    small = ["--rows", "1", "--page-size", "16", "--piece", "16", "--pieces", "1"]
     assert cli.main(["serve", "--model", str(directory), *small, "--max-length", "64"]) == 0
     assert seen["host"] == "127.0.0.1"
     with serving(seen["app"]) as address:
