@@ -298,30 +298,33 @@ def tpu_rotation() -> str:
 
 
 def serve() -> str:
-    """Jobs in the largest pool measured, over concurrency."""
+    """Jobs over concurrency, those of one kind together."""
 
     def three(here: dict[str, dict], name: str, digits: int = 1, scale: float = 1) -> str:
-        return " / ".join(f"{here[method][name] / scale:,.{digits}f}" for method in METHODS)
+        values = (here[m][name] / scale if m in here else None for m in METHODS)
+        return " / ".join("–" if value is None else f"{value:,.{digits}f}" for value in values)
+
+    def gain(here: dict[str, dict], other: str) -> str:
+        if not {"bdr", other} <= here.keys():
+            return ""
+        return f"{here['bdr']['tokens_per_s'] / here[other]['tokens_per_s']:.2f}x"
 
     file, rows = "h200/serve.json", []
-    found = rows_of(file, op="serve")
-    gigabytes = max(round(row["pool_bytes"] / 1e9) for row in found)
-    largest = (row for row in found if round(row["pool_bytes"] / 1e9) == gigabytes)
-    jobs = cells(largest, "prompt_tokens", "new_tokens", "concurrency", "run")
-    for (prompt, new, concurrency, run), here in sorted(jobs.items()):
-        if here.keys() == METHODS.keys():
-            speed = {method: row["tokens_per_s"] for method, row in here.items()}
-            rows.append(
-                f"D({prompt:,}, {new:,}) | {concurrency} | {run} | {three(here, 'tokens_per_s', 0)}"
-                f" | {speed['bdr'] / speed['bf16']:.2f}x | {speed['bdr'] / speed['int4']:.2f}x"
-                f" | {three(here, 'request_tokens_per_s')} | {three(here, 'ttft_ms', scale=1e3)}"
-                f" | {three(here, 'e2e_s')} | {three(here, 'e2e_s_p75')}"
-                f" | {three(here, 'e2e_s_p90')}"
-            )
-    head = "requests | at once | run | tokens/s of the job | BDR to BF16 | to INT4"
+    keys = "found_tokens", "layers", "prompt_tokens", "new_tokens", "concurrency"
+    jobs = cells(rows_of(file, op="serve"), *keys)
+    deepest = max(layers for _, layers, *_ in jobs)
+    for (found, layers, prompt, new, concurrency), here in sorted(jobs.items()):
+        kind = f"D({prompt:,}, {new:,})" + (f", {found:,} found" if found else "")
+        kind += f", {layers} of {deepest} layers" if layers < deepest else ""
+        rows.append(
+            f"{kind} | {concurrency} | {three(here, 'tokens_per_s', 0)}"
+            f" | {gain(here, 'bf16')} | {gain(here, 'int4')}"
+            f" | {three(here, 'request_tokens_per_s')} | {three(here, 'ttft_ms', scale=1e3)}"
+            f" | {three(here, 'e2e_s')} | {three(here, 'e2e_s_p75')} | {three(here, 'e2e_s_p90')}"
+        )
+    head = "requests | at once | tokens/s of the job | BDR to BF16 | to INT4"
     head += " | tokens/s of a request | TTFT s | E2E s | p75 | p90"
-    words = f"Pools of {gigabytes} GB; figures are BF16 / INT4 / BDR.\n\n"
-    return words + markdown(head, rows, file)
+    return "Figures are BF16 / INT4 / BDR.\n\n" + markdown(head, rows, file)
 
 
 def scaling() -> str:
