@@ -13,7 +13,9 @@ measures jobs on the engine that users run, in the order given, each for all cac
 
 All requests of a job arrive at once and it ends with the last. Weights are random, the pools of all
 caches have the same size in bytes. Programs are compiled before; `--compile-only` does that alone,
-for a process that shares JAX's compilation cache.
+for a process that shares JAX's compilation cache. Pool and weights are to fill the memory: set
+`XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`, and keep XLA from trying to do with less by
+`XLA_FLAGS=--xla_disable_hlo_passes=rematerialization`.
 """
 
 from __future__ import annotations
@@ -331,6 +333,7 @@ def main() -> None:
             "pool_tokens": pool_tokens,
             "pool_bytes": pool_tokens * spec.bytes_per_token,
             "cache_bytes_per_token": spec.bytes_per_token,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             **limits,
         }
         say(f"{method} {job} …")
