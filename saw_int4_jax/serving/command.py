@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pieces", type=int, metavar="R", help="rows of a prefill call")
     parser.add_argument("--steps", type=int, default=4, help="decode steps of a dispatch")
     parser.add_argument("--max-waiting", type=int, default=256, help="the rest are refused: 429")
+    parser.add_argument("--timeout", type=float, metavar="S", help="end answers after S seconds")
     parser.add_argument("--max-body-mb", type=float, default=4.0, help="the rest are refused: 413")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights")
     parser.set_defaults(run=run)
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         model.config.vocab_size,
         engine.max_length,
         template.render if template else None,
+        arguments.timeout,
     )
     api_key = arguments.api_key or os.environ.get(API_KEY)
     if api_key is None and not is_loopback(arguments.host):

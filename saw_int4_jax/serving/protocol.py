@@ -62,6 +62,7 @@ class Served:
       vocab_size: tokens known.
       max_length: the most tokens of a prompt and its answer.
       render_chat: messages to text; `None`: it has no chat template.
+      timeout_s: seconds after which an answer ends where it is; `None`: never.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Served:
     vocab_size: int
     max_length: int
     render_chat: Callable[[Sequence[Mapping[str, Any]]], str] | None = None
+    timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ def parse(body: Any, served: Served, *, chat: bool) -> Ask:
         min_p=fields.take("min_p", float, default=0.0, low=0, high=1),
         stop=_stops(fields),
         ignore_eos=fields.take("ignore_eos", bool, default=False),
+        timeout_s=served.timeout_s,
     )
     seed = fields.take("seed", int, default=None)
     count = fields.take("n", int, default=1, low=1)

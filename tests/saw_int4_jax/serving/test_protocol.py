@@ -1,5 +1,7 @@
 """OpenAI's bodies to requests and back, without a server."""
 
+import dataclasses
+
 import pytest
 
 from saw_int4_jax.models.tokenizer import Tokenizer
@@ -38,6 +40,12 @@ def test_defaults_are_those_of_openai():
     assert TOKENIZER.decode(request.prompt) == "[user]hi"
     assert request.prompt[0] != 0  # special tokens are the template's affair
     assert request.max_new_tokens == 64 - len(request.prompt)
+
+
+def test_answers_end_in_time():
+    served = dataclasses.replace(SERVED, timeout_s=30.0)
+    (request,) = parse({"model": "tiny", "prompt": "hello"}, served, chat=False).requests
+    assert request.timeout_s == 30.0
 
 
 def test_options():
