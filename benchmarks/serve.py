@@ -336,7 +336,8 @@ def main() -> None:
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             **limits,
         }
-        say(f"{method} {job} …")
+        kind = f"{method} D({job.prompt}, {job.new}), {job.found} found, {spec.layers} layers"
+        say(f"{kind}, {job.concurrency} at once …")
         rows.append(about | serve(engine, job, model.vocab_size))
         say(f"{rows[-1]['tokens_per_s']:,.0f} tokens/s, E2E {rows[-1]['e2e_s']:.2f} s")
         del engine
