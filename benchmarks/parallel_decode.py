@@ -2,11 +2,12 @@
 
     python benchmarks/parallel_decode.py --json benchmarks/results/h200-x2/parallel_decode.json
 
-Runs `saw_int4_jax.decode`, the loop that users run, with random weights and random pages made on
-the devices. A few layers of the model are timed, and one; the step of all its layers is their
-extrapolation, each further layer taking as long as the timed ones. The split is found by leaving
-pieces out: attention is what a model without it saves, collectives are what a model without
-attention takes longer on the devices than its share, a narrower model, takes on one.
+Runs `saw_int4_jax.decode`, the loop that users run, with all layers of the model, random weights
+and random pages made on the devices. Where the pages of all layers do not fit one device, several
+layers read and write the same: a layer's are far more than a chip's own caches hold, so nothing is
+saved but memory. The split is found by leaving pieces out: attention (with the norms, RoPE and the
+write before it) is what a model without it saves, collectives are what a model without attention
+takes longer on the devices than its share, a narrower model, takes on one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import dataclasses
 import functools
 import itertools
 import statistics
-import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import Pages, page_format
-from saw_int4_jax import Cache, decode, init_cache
+from saw_int4_jax import Cache, CacheSpec, attend, cache, decode, init_cache
 from saw_int4_jax.cache import DATA, ROWS, cache_shardings
 from saw_int4_jax.demo import METHOD_OPTIONS
 from saw_int4_jax.generate import RUNNING, DecodeState, Forward
@@ -49,7 +50,6 @@ class Program:
     parallel: str  # one, tensor, data; share: one device's part of tensor
     method: str
     batch: int
-    layers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Benchmark:
     pool_tokens: int
     max_length: int
     steps: int
+    memory: float  # bytes of a device
 
     def model_config(self, program: Program) -> LlamaConfig:
-        config = dataclasses.replace(self.config, num_layers=program.layers)
         if program.parallel != "share":
-            return config
+            return self.config
         widths = "vocab_size", "mlp_dim", "num_heads", "num_kv_heads"
         return dataclasses.replace(
-            config, **{name: getattr(config, name) // self.devices for name in widths}
+            self.config, **{name: getattr(self.config, name) // self.devices for name in widths}
         )
 
     def mesh(self, parallel: str) -> Mesh:
@@ -78,17 +78,32 @@ class Benchmark:
         kv_heads = self.config.num_kv_heads
         return make_mesh(kv_heads, data=pools, devices=jax.devices()[:count])
 
+    def spec(self, program: Program) -> CacheSpec:
+        """The pool: of as many layers as fit one device beside the weights, at most all."""
+        method = "int4" if program.method == NO_ATTENTION else program.method
+        options = dict(page_size=self.page_size, **METHOD_OPTIONS[method])
+        config = self.model_config(program)
+        spec = config.cache_spec(self.pool_tokens // self.page_size, **options)
+        layer_bytes = spec.bytes_per_token * self.pool_tokens / config.num_layers
+        room = self.memory - 2 * weight_count(self.config)
+        layers = 1 if program.method == NO_ATTENTION else int(room // layer_bytes)
+        return dataclasses.replace(spec, layers=max(1, min(layers, config.num_layers)))
+
     def lower(self, program: Program) -> jax.stages.Lowered:
-        forward, variables, cache = shapes_of(self, program)
-        rows = NamedSharding(cache.mesh, ROWS)
-        row = jax.ShapeDtypeStruct((program.batch,), jnp.int32, sharding=rows)
-        state = DecodeState(cache, row, row, row)
-        return decode.lower(
-            forward, variables, state, num_steps=self.steps, eos=np.zeros(0, np.int32)
-        )
+        forward, variables, state = shapes_of(self, program)
+        attention = no_attention if program.method == NO_ATTENTION else attend_in_turn
+        with unittest.mock.patch.object(cache, "attend", attention):
+            return decode.lower(
+                forward, variables, state, num_steps=self.steps, eos=np.zeros(0, np.int32)
+            )
 
 
-def no_attention(cache: Cache, layer: int, q, k, v, **options):
+def attend_in_turn(cache: Cache, layer: jax.Array, *args, **options):
+    """`attend`, where layers past those of the pool begin with its first again."""
+    return attend(cache, layer % cache.pages.layers, *args, **options)
+
+
+def no_attention(cache: Cache, layer: jax.Array, q, k, v, **options):
     """In place of `attend`. Takes keys and values, or their projections would be left out too."""
     del layer, options
     return q + jnp.repeat(k + v, q.shape[2] // k.shape[2], axis=2), cache
@@ -99,26 +114,36 @@ def weight_shapes(config: LlamaConfig) -> Any:
     return jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
+def weight_count(config: LlamaConfig) -> int:
+    return sum(x.size for x in jax.tree.leaves(weight_shapes(config)))
+
+
+def place_weights(config: LlamaConfig, mesh: Mesh) -> Any:
+    """Shapes of a model's parameters in bfloat16, as they lie on a mesh."""
+    shapes = weight_shapes(config)
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=at),
+        shapes,
+        param_shardings(shapes, mesh),
+    )
+
+
 @functools.cache
-def shapes_of(benchmark: Benchmark, program: Program) -> tuple[Forward, Any, Cache]:
-    """The model, and shapes of its parameters and cache as they lie on the mesh."""
+def shapes_of(benchmark: Benchmark, program: Program) -> tuple[Forward, Any, DecodeState]:
+    """The model, and shapes of its parameters and its state as they lie on the mesh."""
     config, mesh = benchmark.model_config(program), benchmark.mesh(program.parallel)
-    method, forward = program.method, one_layer_forward(config, jnp.bfloat16)
-    if method == NO_ATTENTION:
-        method = "int4"
-        forward = Llama(config, jnp.bfloat16, last_only=True, attend=no_attention).apply
-    num_pages, size = benchmark.pool_tokens // benchmark.page_size, benchmark.page_size
-    spec = config.cache_spec(num_pages, page_size=size, **METHOD_OPTIONS[method])
+    # Not the cached one: what it has traced has its attention in it.
+    forward = one_layer_forward.__wrapped__(config, jnp.bfloat16)
     length = benchmark.max_length
-    cache = jax.eval_shape(lambda: init_cache(spec, program.batch, length, mesh=mesh))
-    variables = weight_shapes(config)
-
-    def placed(x, sharding):
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
-
-    variables = jax.tree.map(placed, variables, param_shardings(variables, mesh))
-    return forward, variables, jax.tree.map(placed, cache, cache_shardings(cache, mesh))
+    cache = jax.eval_shape(
+        lambda: init_cache(benchmark.spec(program), program.batch, length, mesh=mesh)
+    )
+    shardings = cache_shardings(cache, mesh)
+    cache = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), cache, shardings
+    )
+    row = jax.ShapeDtypeStruct((program.batch,), jnp.int32, sharding=NamedSharding(mesh, ROWS))
+    return forward, place_weights(config, mesh), DecodeState(cache, row, row, row)
 
 
 # --- Weights and pages, made where they are to lie ---------------------------------------------
@@ -222,17 +247,12 @@ def time_loop(compiled, variables, state: DecodeState, steps: int, runs: int) ->
 
 def programs(arguments: argparse.Namespace, batch: int) -> list[Program]:
     """All that one batch needs; the pieces that are only for the split last."""
-    layers = arguments.layers
     parallels = [p for p in arguments.parallel if p != "data" or batch % arguments.devices == 0]
-    whole = [
-        Program(parallel, method, batch, layers)
-        for parallel, method in itertools.product(parallels, arguments.methods)
-    ]
-    base = [Program(parallel, arguments.methods[0], batch, 1) for parallel in parallels]
-    split = [Program(parallel, NO_ATTENTION, batch, layers) for parallel in parallels]
+    whole = itertools.product(parallels, [*arguments.methods, NO_ATTENTION])
+    found = [Program(parallel, method, batch) for parallel, method in whole]
     if "tensor" in parallels:
-        split.append(Program("share", NO_ATTENTION, batch, layers))
-    return whole + base + split
+        found.append(Program("share", NO_ATTENTION, batch))
+    return found
 
 
 def rows_of(
@@ -240,57 +260,43 @@ def rows_of(
     times: dict[tuple[Program, int], dict],
     arguments: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """A row for each whole program, with its split and its extrapolation where they were timed."""
+    """A row for each whole program, with its split where that was timed."""
     rows = []
     for (program, context), figures in times.items():
-        if program.method == NO_ATTENTION or program.layers == 1:
+        if program.method == NO_ATTENTION:
             continue
-
-        def median(context=context, program=program, **changes) -> float | None:
-            found = times.get((dataclasses.replace(program, **changes), context))
-            return None if found is None else found["median_us"]
-
-        _, variables, cache = shapes_of(benchmark, program)
-        step = figures["median_us"]
-        row = {
-            "op": "parallel_decode",
-            "model": arguments.model,
-            "method": program.method,
-            "parallel": program.parallel,
-            "devices": cache.mesh.size,
-            "batch": program.batch,
-            "context": context,
-            "page_size": benchmark.page_size,
-            "layers": program.layers,
-            **figures,
-            "runs": arguments.runs,
-            "steps": benchmark.steps,
-            "weight_bytes_per_device": bytes_per_device(variables),
-            "pool_bytes_per_device": bytes_per_device(cache.pages),
-        }
-        bare = median(method=NO_ATTENTION)
+        parallel, step = program.parallel, figures["median_us"]
+        _, variables, state = shapes_of(benchmark, program)
+        bare, share = (
+            times.get((Program(p, NO_ATTENTION, program.batch), context), {}).get("median_us")
+            for p in (parallel, "share" if parallel == "tensor" else parallel)
+        )
+        split = {}
         if bare is not None:
-            row["attention_us"] = step - bare
-            share = median(method=NO_ATTENTION, parallel="share")
-            if program.parallel == "tensor" and share is not None:
-                row |= {"matmuls_us": share, "collectives_us": bare - share}
-            elif program.parallel == "one":
-                row |= {"matmuls_us": bare, "collectives_us": 0.0}
-            else:
-                row["matmuls_us"] = bare
-        first = arguments.methods[0]
-        few, many = median(method=first, layers=1), median(method=first)
-        if few is not None and many is not None:
-            head = few - (many - few) / (program.layers - 1)
-            layer = (step - head) / program.layers
-            total = head + layer * benchmark.config.num_layers
-            row |= {
-                "model_layers": benchmark.config.num_layers,
-                "layer_us": layer,
-                "step_us": total,
-                "tokens_per_s": program.batch / total * 1e6,
+            split["attention_us"] = step - bare
+        if bare is not None and share is not None:
+            split |= {"matmuls_us": share, "collectives_us": bare - share}
+        rows.append(
+            {
+                "op": "parallel_decode",
+                "model": arguments.model,
+                "method": program.method,
+                "parallel": parallel,
+                "devices": state.cache.mesh.size,
+                "batch": program.batch,
+                "context": context,
+                "page_size": benchmark.page_size,
+                "layers": benchmark.config.num_layers,
+                "pool_layers": state.cache.pages.layers,
+                **figures,
+                **split,
+                "tokens_per_s": program.batch / step * 1e6,
+                "runs": arguments.runs,
+                "steps": benchmark.steps,
+                "weight_bytes_per_device": bytes_per_device(variables),
+                "pool_bytes_per_device": bytes_per_device(state.cache.pages),
             }
-        rows.append(row)
+        )
     return rows
 
 
@@ -301,10 +307,20 @@ def bytes_per_device(shapes: Any) -> int:
     )
 
 
+def compile_all(benchmark: Benchmark, wanted: list[Program], workers: int) -> dict[Program, Any]:
+    """The compiled loops; lowering is one thread's work, compiling many's."""
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
+        futures = {program: executor.submit(benchmark.lower(program).compile) for program in wanted}
+        print(f"{len(futures)} programs lowered after {time.monotonic() - started:.0f} s")
+        compiled = {program: future.result() for program, future in futures.items()}
+    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+    return compiled
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", default="Qwen3-8B", choices=CONFIGS)
-    arguments.add_argument("--layers", type=int, default=8, help="timed; at least 2")
     arguments.add_argument("--devices", type=int, default=len(jax.devices()))
     choices = ["one", "tensor", "data"]
     arguments.add_argument("--parallel", nargs="+", choices=choices, default=choices)
@@ -314,87 +330,84 @@ def main() -> None:
     arguments.add_argument("--methods", nargs="+", choices=methods, default=methods)
     arguments.add_argument("--pool-tokens", type=int, default=1 << 20, help="in all pools")
     arguments.add_argument("--steps", type=int, default=16)
-    arguments.add_argument("--runs", type=int, default=5)
+    arguments.add_argument("--runs", type=int, default=3)
     arguments.add_argument("--page-size", type=int, default=64)
+    arguments.add_argument("--memory-gb", type=float, help="of a device; default: what it says")
     arguments.add_argument("--workers", type=int, default=16, help="that compile")
+    arguments.add_argument("--compile-only", action="store_true", help="fill jax's cache")
     arguments.add_argument("--seconds", type=float, default=1e9, help="start nothing after that")
     arguments.add_argument("--json", metavar="FILE")
     arguments = arguments.parse_args()
     started = time.monotonic()
-    if arguments.layers < 2:
-        sys.exit(f"Expected {arguments.layers=} to be at least 2")
 
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1e12)
+    if arguments.memory_gb is not None:
+        memory = arguments.memory_gb * 1e9
     growth = arguments.steps * (arguments.runs + 2)
-    size = arguments.page_size
-    slack = max(arguments.batch) * (growth + size)
+    unit = arguments.page_size * arguments.devices
+    slack = max(arguments.batch) * (growth + arguments.page_size)
     benchmark = Benchmark(
         config=CONFIGS[arguments.model],
         devices=arguments.devices,
-        page_size=size,
-        pool_tokens=-(-(arguments.pool_tokens + slack) // (size * arguments.devices))
-        * (size * arguments.devices),
+        page_size=arguments.page_size,
+        pool_tokens=-(-(arguments.pool_tokens + slack) // unit) * unit,
         max_length=max(arguments.context) + growth,
         steps=arguments.steps,
+        memory=memory - 3e9,  # for what a step needs besides
     )
     wanted = [p for batch in arguments.batch for p in programs(arguments, batch)]
-    times: dict[tuple[Program, int], dict] = {}
-    with concurrent.futures.ThreadPoolExecutor(arguments.workers) as executor:
-        futures = {}
-        for program in wanted:
-            lowered = benchmark.lower(program)
-            futures[program] = executor.submit(lowered.compile)
-        print(f"{len(futures)} programs lowered after {time.monotonic() - started:.0f} s")
-        compiled = {program: future.result() for program, future in futures.items()}
-    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+    compiled = compile_all(benchmark, wanted, arguments.workers)
+    if arguments.compile_only:
+        return
 
     # One set of weights and one pool at a time.
     order = ["one", "tensor", "share", "data"]
-    wanted.sort(key=lambda p: (order.index(p.parallel), p.layers, p.method))
-    for (parallel, layers), group in itertools.groupby(wanted, lambda p: (p.parallel, p.layers)):
+    wanted.sort(key=lambda p: (order.index(p.parallel), p.method))
+    times: dict[tuple[Program, int], dict] = {}
+    for _, group in itertools.groupby(wanted, lambda p: p.parallel):
         variables = None
-        for method, same_pool in itertools.groupby(group, lambda p: p.method):
+        for _, same_pool in itertools.groupby(group, lambda p: p.method):
             pages = None
             for program in same_pool:
-                _, shapes, cache = shapes_of(benchmark, program)
+                _, shapes, state = shapes_of(benchmark, program)
                 variables = variables or random_weights(shapes)
-                pages = pages or random_pages(cache.pages)
+                pages = pages or random_pages(state.cache.pages)
                 for context in arguments.context:
                     if program.batch * context > arguments.pool_tokens:
                         continue
                     if time.monotonic() - started > arguments.seconds:
                         continue
-                    state = filled_state(cache, pages, context, growth)
+                    filled = filled_state(state.cache, pages, context, growth)
                     figures, pages = time_loop(
-                        compiled[program], variables, state, benchmark.steps, arguments.runs
+                        compiled[program], variables, filled, benchmark.steps, arguments.runs
                     )
-                    del state
+                    del filled
                     times[program, context] = figures
                     print(program, context, f"{figures['median_us']:.0f} us", flush=True)
             del pages
+            if arguments.json:
+                write_results(arguments.json, rows_of(benchmark, times, arguments))
         del variables
-        if arguments.json:
-            write_results(arguments.json, rows_of(benchmark, times, arguments))
 
     rows = rows_of(benchmark, times, arguments)
     Console(width=160).print(table_of(rows, arguments.model))
 
 
 def table_of(rows: list[dict], model: str) -> Table:
-    head = ["batch", "context", "cache", "devices", "layers", "µs", "attention", "matmuls"]
-    head += ["collectives", "model ms", "tokens/s"]
+    pieces = "attention", "matmuls", "collectives"
+    head = ["batch", "context", "cache", "devices", "pool layers", "ms", *pieces, "tokens/s"]
     table = Table(*head, title=f"parallel decode, {model}, {describe_device()}")
     for row in rows:
-        pieces = (row.get(f"{name}_us") for name in ("attention", "matmuls", "collectives"))
+        split = (row.get(f"{name}_us") for name in pieces)
         table.add_row(
             str(row["batch"]),
             f"{row['context']:,}",
             row["method"].upper(),
             f"{row['devices']} {row['parallel']}",
-            str(row["layers"]),
-            f"{row['median_us']:.0f}",
-            *("" if piece is None else f"{piece:.0f}" for piece in pieces),
-            f"{row['step_us'] / 1e3:.2f}" if "step_us" in row else "",
-            f"{row['tokens_per_s']:,.0f}" if "step_us" in row else "",
+            str(row["pool_layers"]),
+            f"{row['median_us'] / 1e3:.2f}",
+            *("" if piece is None else f"{piece / 1e3:.2f}" for piece in split),
+            f"{row['tokens_per_s']:,.0f}",
         )
     return table
 

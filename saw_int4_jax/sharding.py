@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import tree_leaves_with_path, tree_map_with_path
+from jax.tree_util import tree_map_with_path
 
 from saw_int4_jax.cache import AXES, DATA, GROUPS, HEADS, Cache, cache_shardings, check_mesh
 
@@ -68,10 +68,8 @@ def make_mesh(kv_heads: int, *, data: int = 1, devices: Sequence[jax.Device] | N
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for each parameter of `Llama`, or of a model that names them alike.
 
-    Projections into heads and the hidden layer are split by columns, those out of them by rows,
-    `lm_head` by tokens where the devices divide them. The rest is on every device, the embedding
-    too: it is looked up without a word between devices. One that is `lm_head` as well is split by
-    tokens; to look up the token of a single sequence, XLA then gathers the table.
+    Projections into heads and the hidden layer are split by columns, those out of them by rows, the
+    embedding and `lm_head` by tokens where the devices divide them. The rest is on every device.
 
     Args:
       params: arrays or their shapes, kernels [in, out].
@@ -81,8 +79,6 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
       ValueError: the devices do not divide a projection.
     """
     tensor = HEADS, GROUPS
-    leaves = tree_leaves_with_path(params)
-    tied = not any(getattr(key, "key", None) == "lm_head" for path, _ in leaves for key in path)
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         module, name = (getattr(key, "key", None) for key in path[-2:])
@@ -96,7 +92,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
             spec = PartitionSpec(tensor, None)
         elif module == "lm_head" and divides(leaf.shape[-1]):
             spec = PartitionSpec(*columns, tensor)
-        elif name == "embedding" and tied and divides(leaf.shape[0]):
+        elif name == "embedding" and divides(leaf.shape[0]):
             spec = PartitionSpec(tensor, None)
         sharding = NamedSharding(mesh, spec)
         try:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from saw_int4_jax.cache import Cache, CacheSpec, last_token
 from saw_int4_jax.nn.attention import Attend
-from saw_int4_jax.nn.dense import dot_general
+from saw_int4_jax.nn.dense import dot_general, look_up
 from saw_int4_jax.nn.linen import PagedAttention
 from saw_int4_jax.nn.norm import RMSNorm
 from saw_int4_jax.rope import Rope
@@ -165,7 +165,7 @@ class Llama(nn.Module):
         """
         c = self.config
         embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype, name="embed_tokens")
-        x = embed(tokens)
+        x = look_up(embed, tokens)
         for layer in range(c.num_layers):
             block = DecoderLayer(c, layer, self.dtype, self.attend, name=f"layers_{layer}")
             x, cache = block(x, cache)
@@ -209,7 +209,7 @@ def one_layer_forward(
     def forward(variables, tokens: Int[Array, "B T"], cache: Cache):
         params = variables["params"]
         embedding = {"params": params["embed_tokens"]}
-        x: Any = embed.apply(embedding, tokens)
+        x: Any = look_up(functools.partial(embed.apply, embedding), tokens)
         for layer in range(config.num_layers):
             kind = windowless if layer < config.full_layers else windowed
             x, cache = apply_layer(

@@ -1,13 +1,14 @@
-"""The matrix product of a decode step."""
+"""A decode step's matrix products, and the look-up before them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 ROWS = 8
 
@@ -25,3 +26,16 @@ def dot_general(
         rows = jnp.broadcast_to(lhs, (ROWS, *lhs.shape[1:]))
         return lax.dot_general(rows, rhs, dimension_numbers, **options)[:1]
     return lax.dot_general(lhs, rhs, dimension_numbers, **options)
+
+
+def look_up(
+    embed: Callable[[Int[Array, "B T"]], Float[Array, "B T E"]], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T E"]:
+    """`embed(tokens)`; a single token is looked up twice.
+
+    To XLA on a GPU a single row is a slice, and to slice a table that is split over devices it
+    gathers all of it. Of several rows each device looks up those that it has.
+    """
+    if tokens.size == 1:
+        return embed(jnp.broadcast_to(tokens, (2, 1)))[:1]
+    return embed(tokens)

@@ -93,7 +93,8 @@ class Engine:
           forward: the model, as in `generate`.
           variables: its parameters.
           cache: empty and consumed. Its batch is the most requests that run at a time, its
-            `max_length` bounds each. It may be sharded.
+            `max_length` bounds each. It may be spread over a mesh of one pool; pools exchange
+            nothing: give each an engine of its own.
           tokenizer: for text and stop strings.
           eos: tokens that end every request. `None`: the tokenizer's.
           batches: sizes of the decode step; the smallest that fits the running requests is used.

@@ -23,6 +23,7 @@ from saw_int4_jax.cache import AXES
 from saw_int4_jax.checkpoint import load_cache, save_cache
 from saw_int4_jax.models import Llama
 from saw_int4_jax.models.llama import LlamaConfig
+from saw_int4_jax.serving import Engine, Request
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -207,7 +208,23 @@ def pages_of_rows(cache):
         yield jax.tree.map(lambda x, ids=ids: x[:, ids], pages)
 
 
+def check_engine():
+    """Tensor parallel it serves what one device generates; pools are for several engines."""
+    mesh, tokens = mesh_of((1, 4, 2)), generate_on(None).tokens
+    variables = sharding.shard_params(random_variables(), mesh)
+    cache = saw.init_cache(spec_of(), BATCH, max_length=32, mesh=mesh)
+    engine = Engine(FORWARD, variables, cache, batches=[BATCH], piece=16, pieces=1, steps=4)
+    with compilations() as names:
+        responses = engine.generate([Request(prompt, 10) for prompt in PROMPTS])
+    assert [response.tokens for response in responses] == tokens
+    assert names.count("jit(prefill_rows)") == names.count("jit(decode_rows)") == 1, names
+    cache = saw.init_cache(spec_of(), BATCH, mesh=mesh_of((2, 4, 1)))
+    with pytest.raises(ValueError, match="to have one pool"):
+        Engine(FORWARD, variables, cache)
+
+
 def check_eight_devices(folder):
+    check_engine()
     check_saved_caches(folder)
     check_same_tokens()
     check_pools_are_separate_caches()
@@ -276,12 +293,9 @@ def test_projections_are_split_where_heads_are():
     assert attention["q_norm"]["scale"].spec == PartitionSpec()
     assert mlp["up_proj"]["kernel"].spec == PartitionSpec(None, tensor)
     assert mlp["down_proj"]["kernel"].spec == PartitionSpec(tensor, None)
-    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec()
+    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec(tensor, None)
     assert shardings["lm_head"]["kernel"].spec == PartitionSpec(None, tensor)
     assert shardings["norm"]["scale"].spec == PartitionSpec()
-    tied = {"params": {"embed_tokens": variables["params"]["embed_tokens"]}}
-    shardings = sharding.param_shardings(tied, mesh_of((1, 1, 1)))["params"]
-    assert shardings["embed_tokens"]["embedding"].spec == PartitionSpec(tensor, None)
 
 
 def test_devices_that_do_not_divide_the_model():
