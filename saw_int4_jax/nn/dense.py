@@ -28,9 +28,7 @@ def dot_general(
     return lax.dot_general(lhs, rhs, dimension_numbers, **options)
 
 
-def look_up(
-    embed: Callable[[Int[Array, "B T"]], Float[Array, "B T E"]], tokens: Int[Array, "B T"]
-) -> Float[Array, "B T E"]:
+def look_up(embed: Callable[..., Any], tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
     """`embed(tokens)`; a single token is looked up twice.
 
     To XLA on a GPU a single row is a slice, and to slice a table that is split over devices it

@@ -37,13 +37,13 @@ CONFIG = LlamaConfig(
     qkv_bias=True,
     qk_norm=True,
 )
+# What every GPU kernel takes, in pages of 64 tokens.
+KERNELS = dataclasses.replace(CONFIG, head_dim=128, max_length=256)
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 BATCH, NUM_PAGES, PAGE_SIZE = 8, 64, 4
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10], [11] * 5, [12], [13, 14], [15, 1, 15, 1]]
 # (data, heads, groups)
 MESHES = [(1, 2, 1), (1, 4, 1), (1, 4, 2), (8, 1, 1), (2, 4, 1), (4, 2, 1)]
-MODEL = Llama(CONFIG, last_only=True)
-FORWARD = MODEL.apply  # one object: it is a static argument
 
 
 def mesh_of(shape):
@@ -53,31 +53,41 @@ def mesh_of(shape):
 
 
 def spec_of(dtype="int4", config=CONFIG):
-    return config.cache_spec(num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=dtype)
+    size = 64 if config is KERNELS else PAGE_SIZE
+    return config.cache_spec(num_pages=NUM_PAGES, page_size=size, dtype=dtype)
 
 
 @functools.cache
-def random_variables():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+def forward_of(config):
+    """One object: it is a static argument."""
+    return Llama(config, last_only=True).apply
 
 
-def generate_on(mesh, dtype="int4", cache=None, prompts=PROMPTS, **options):
-    variables = random_variables()
+@functools.cache
+def random_variables(config=CONFIG):
+    return jax.jit(Llama(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def generate_on(mesh, dtype="int4", cache=None, prompts=PROMPTS, config=CONFIG, **options):
+    variables = random_variables(config)
     if mesh is not None:
         variables = sharding.shard_params(variables, mesh)
     if cache is None:
-        cache = saw.init_cache(spec_of(dtype), BATCH, max_length=32, mesh=mesh)
+        spec = spec_of(dtype, config)
+        cache = saw.init_cache(spec, BATCH, max_length=config.max_length // 2, mesh=mesh)
     options = dict(max_new_tokens=10, chunk=8, every=4) | options
-    return saw.generate(FORWARD, variables, prompts, cache, **options)
+    return saw.generate(forward_of(config), variables, prompts, cache, **options)
 
 
 def start(function, *arguments, devices=1):
-    """Runs a function of this file in a process of its own, on virtual CPU devices."""
+    """Runs a function of this file in a process of its own, on virtual CPU devices or, 0, GPUs."""
     code = f"from tests.saw_int4_jax.test_sharding import {function} as f; f(*{arguments})"
     flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
+    on_cpu = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    on_gpu = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, **(on_cpu if devices else on_gpu)},
         cwd=pathlib.Path(__file__).parents[2],
     )
 
@@ -113,16 +123,6 @@ def check_same_tokens():
         local = data.addressable_shards[0].data.shape
         assert len(data.addressable_shards) == np.prod(shape)
         assert local[1:3] == (NUM_PAGES // shape[0], CONFIG.num_kv_heads // shape[1]), shape
-
-
-def check_devices_here():
-    """On whatever devices there are: every split of them into pools generates what one does."""
-    alone, count = generate_on(None), jax.device_count()
-    for data in range(1, count + 1):
-        if count % data == 0 and BATCH % data == 0:
-            mesh = sharding.make_mesh(CONFIG.num_kv_heads, data=data)
-            assert generate_on(mesh).tokens == alone.tokens, mesh
-            print(f"{mesh.devices.shape} {AXES}: the tokens of one device")
 
 
 def check_pools_are_separate_caches():
@@ -213,14 +213,16 @@ def check_engine():
     mesh, tokens = mesh_of((1, 4, 2)), generate_on(None).tokens
     variables = sharding.shard_params(random_variables(), mesh)
     cache = saw.init_cache(spec_of(), BATCH, max_length=32, mesh=mesh)
-    engine = Engine(FORWARD, variables, cache, batches=[BATCH], piece=16, pieces=1, steps=4)
+    engine = Engine(
+        forward_of(CONFIG), variables, cache, batches=[BATCH], piece=16, pieces=1, steps=4
+    )
     with compilations() as names:
         responses = engine.generate([Request(prompt, 10) for prompt in PROMPTS])
     assert [response.tokens for response in responses] == tokens
     assert names.count("jit(prefill_rows)") == names.count("jit(decode_rows)") == 1, names
     cache = saw.init_cache(spec_of(), BATCH, mesh=mesh_of((2, 4, 1)))
     with pytest.raises(ValueError, match="to have one pool"):
-        Engine(FORWARD, variables, cache)
+        Engine(forward_of(CONFIG), variables, cache)
 
 
 def check_eight_devices(folder):
@@ -237,13 +239,16 @@ def test_eight_devices_generate_what_one_does(tmp_path):
 # --- Two processes --------------------------------------------------------------------------
 
 
-def check_processes(address, count, index, folder=None, local_devices=None):
+def check_processes(address, count, index, folder=None, gpus=False):
     """In each of `count` processes: what they generate together, they generate alone.
 
     With a folder that all see, also after the cache was saved and loaded.
     """
-    jax.distributed.initialize(address, count, index, local_device_ids=local_devices)
+    jax.distributed.initialize(address, count, index, local_device_ids=[index] if gpus else None)
     assert jax.process_count() == count
+    if gpus:
+        check_kernels()
+        return
     alone = generate_on(None)
     for data in (1, count):
         mesh = sharding.make_mesh(CONFIG.num_kv_heads, data=data)
@@ -251,30 +256,64 @@ def check_processes(address, count, index, folder=None, local_devices=None):
         assert not together.cache.pages.data.is_fully_addressable
         assert together.tokens == alone.tokens
         assert together.finish == alone.finish
-    if folder is not None:
-        path = pathlib.Path(folder, "cache")
-        save_cache(path, together.cache)
-        loaded = load_cache(path, spec_of(), BATCH, max_length=32, mesh=mesh)
-        prompts = [row[-1:] for row in alone.tokens]
-        options = dict(prompts=prompts, sampling=saw.make_sampling(BATCH, seed=1))
-        alone = generate_on(None, cache=alone.cache, **options)
-        assert generate_on(mesh, cache=loaded, **options).tokens == alone.tokens
-    print(f"process {index} of {count}, {jax.local_devices()}: the tokens of one")
+    path = pathlib.Path(folder, "cache")
+    save_cache(path, together.cache)
+    loaded = load_cache(path, spec_of(), BATCH, max_length=32, mesh=mesh)
+    prompts = [row[-1:] for row in alone.tokens]
+    options = dict(prompts=prompts, sampling=saw.make_sampling(BATCH, seed=1))
+    alone = generate_on(None, cache=alone.cache, **options)
+    assert generate_on(mesh, cache=loaded, **options).tokens == alone.tokens
+
+
+def check_together(*processes):
+    try:
+        assert not any(process.wait(300) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 @pytest.mark.slow
 def test_two_processes_generate_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [
-        start("check_processes", address, 2, i, str(tmp_path), devices=2) for i in range(2)
-    ]
-    try:
-        assert [process.wait(300) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    arguments = "check_processes", free_address(), 2
+    check_together(*(start(*arguments, i, str(tmp_path), devices=2) for i in range(2)))
+
+
+# --- GPUs -----------------------------------------------------------------------------------
+
+
+def check_kernels():
+    """On all devices there are, by their kernels: each split into pools generates what one does."""
+    rng, count = np.random.default_rng(0), jax.device_count()
+    prompts = [rng.integers(0, 64, n).tolist() for n in (3, 100, 5, 64, 65, 63, 1, 90)]
+    for dtype in ("int4", "bf16"):
+        options = dict(dtype=dtype, prompts=prompts, config=KERNELS, chunk=64)
+        alone = generate_on(None, **options).tokens
+        for data in (data for data in range(1, count + 1) if count % data == 0):
+            mesh = sharding.make_mesh(KERNELS.num_kv_heads, data=data)
+            together = generate_on(mesh, **options)
+            assert together.tokens == alone, (dtype, mesh)
+            variables = sharding.shard_params(random_variables(KERNELS), mesh)
+            step = jax.jit(forward_of(KERNELS))
+            text = step.lower(variables, np.zeros((BATCH, 1), np.int32), together.cache).as_text()
+            [*kernels] = set(re.findall("mosaic_gpu|triton", text))
+            assert kernels
+            print(f"{dtype}, {dict(mesh.shape)}, {kernels}: the tokens of one", flush=True)
+
+
+@pytest.mark.gpu
+def test_gpus_generate_what_one_does():
+    if jax.device_count() < 2:
+        pytest.skip("one GPU")
+    check_together(start("check_kernels", devices=0))
+    arguments = "check_processes", free_address(), jax.device_count()
+    check_together(*(start(*arguments, i, None, True, devices=0) for i in range(arguments[-1])))
 
 
 # --- Bad input ------------------------------------------------------------------------------
