@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
+import os
+import pathlib
 import statistics
 import time
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -293,6 +297,7 @@ def rows_of(
                 "tokens_per_s": program.batch / step * 1e6,
                 "runs": arguments.runs,
                 "steps": benchmark.steps,
+                "xla_flags": os.environ.get("XLA_FLAGS", ""),
                 "weight_bytes_per_device": bytes_per_device(variables),
                 "pool_bytes_per_device": bytes_per_device(state.cache.pages),
             }
@@ -318,52 +323,16 @@ def compile_all(benchmark: Benchmark, wanted: list[Program], workers: int) -> di
     return compiled
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--model", default="Qwen3-8B", choices=CONFIGS)
-    arguments.add_argument("--devices", type=int, default=len(jax.devices()))
-    choices = ["one", "tensor", "data"]
-    arguments.add_argument("--parallel", nargs="+", choices=choices, default=choices)
-    arguments.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1])
-    arguments.add_argument("--context", type=int, nargs="+", default=[4096, 16384])
-    methods = list(METHOD_OPTIONS)
-    arguments.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    arguments.add_argument("--pool-tokens", type=int, default=1 << 20, help="in all pools")
-    arguments.add_argument("--steps", type=int, default=16)
-    arguments.add_argument("--runs", type=int, default=3)
-    arguments.add_argument("--page-size", type=int, default=64)
-    arguments.add_argument("--memory-gb", type=float, help="of a device; default: what it says")
-    arguments.add_argument("--workers", type=int, default=16, help="that compile")
-    arguments.add_argument("--compile-only", action="store_true", help="fill jax's cache")
-    arguments.add_argument("--seconds", type=float, default=1e9, help="start nothing after that")
-    arguments.add_argument("--json", metavar="FILE")
-    arguments = arguments.parse_args()
+def time_all(
+    benchmark: Benchmark, compiled: dict[Program, Any], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of all programs, with one set of weights and one pool at a time."""
     started = time.monotonic()
-
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1e12)
-    if arguments.memory_gb is not None:
-        memory = arguments.memory_gb * 1e9
-    growth = arguments.steps * (arguments.runs + 2)
-    unit = arguments.page_size * arguments.devices
-    slack = max(arguments.batch) * (growth + arguments.page_size)
-    benchmark = Benchmark(
-        config=CONFIGS[arguments.model],
-        devices=arguments.devices,
-        page_size=arguments.page_size,
-        pool_tokens=-(-(arguments.pool_tokens + slack) // unit) * unit,
-        max_length=max(arguments.context) + growth,
-        steps=arguments.steps,
-        memory=memory - 3e9,  # for what a step needs besides
-    )
-    wanted = [p for batch in arguments.batch for p in programs(arguments, batch)]
-    compiled = compile_all(benchmark, wanted, arguments.workers)
-    if arguments.compile_only:
-        return
-
-    # One set of weights and one pool at a time.
+    growth = benchmark.max_length - max(arguments.context)
     order = ["one", "tensor", "share", "data"]
-    wanted.sort(key=lambda p: (order.index(p.parallel), p.method))
+    wanted = sorted(compiled, key=lambda p: (order.index(p.parallel), p.method))
     times: dict[tuple[Program, int], dict] = {}
+    rows: list[dict[str, Any]] = []
     for _, group in itertools.groupby(wanted, lambda p: p.parallel):
         variables = None
         for _, same_pool in itertools.groupby(group, lambda p: p.method):
@@ -385,12 +354,65 @@ def main() -> None:
                     times[program, context] = figures
                     print(program, context, f"{figures['median_us']:.0f} us", flush=True)
             del pages
+            rows = rows_of(benchmark, times, arguments)
             if arguments.json:
-                write_results(arguments.json, rows_of(benchmark, times, arguments))
+                write_results(arguments.json, rows)
         del variables
+    return rows
 
-    rows = rows_of(benchmark, times, arguments)
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--model", default="Qwen3-8B", choices=CONFIGS)
+    arguments.add_argument("--devices", type=int, default=len(jax.devices()))
+    choices = ["one", "tensor", "data"]
+    arguments.add_argument("--parallel", nargs="+", choices=choices, default=choices)
+    arguments.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1])
+    arguments.add_argument("--context", type=int, nargs="+", default=[4096, 16384])
+    methods = list(METHOD_OPTIONS)
+    arguments.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    arguments.add_argument("--pool-tokens", type=int, default=1 << 20, help="in all pools")
+    arguments.add_argument("--steps", type=int, default=16)
+    arguments.add_argument("--runs", type=int, default=3)
+    arguments.add_argument("--page-size", type=int, default=64)
+    arguments.add_argument("--memory-gb", type=float, help="of a device; default: what it says")
+    arguments.add_argument("--workers", type=int, default=16, help="that compile")
+    arguments.add_argument("--lock", metavar="FILE", help="held while timing, not while compiling")
+    arguments.add_argument("--seconds", type=float, default=1e9, help="start nothing after that")
+    arguments.add_argument("--json", metavar="FILE")
+    arguments = arguments.parse_args()
+
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1e12)
+    if arguments.memory_gb is not None:
+        memory = arguments.memory_gb * 1e9
+    growth = arguments.steps * (arguments.runs + 2)
+    unit = arguments.page_size * arguments.devices
+    slack = max(arguments.batch) * (growth + arguments.page_size)
+    benchmark = Benchmark(
+        config=CONFIGS[arguments.model],
+        devices=arguments.devices,
+        page_size=arguments.page_size,
+        pool_tokens=-(-(arguments.pool_tokens + slack) // unit) * unit,
+        max_length=max(arguments.context) + growth,
+        steps=arguments.steps,
+        memory=memory - 3e9,  # for what a step needs besides
+    )
+    wanted = [p for batch in arguments.batch for p in programs(arguments, batch)]
+    compiled = compile_all(benchmark, wanted, arguments.workers)
+    with alone(arguments.lock):
+        rows = time_all(benchmark, compiled, arguments)
     Console(width=160).print(table_of(rows, arguments.model))
+
+
+@contextlib.contextmanager
+def alone(path: str | None) -> Iterator[None]:
+    """Of several programs that compile side by side, one at a time is here."""
+    if path is None:
+        yield
+        return
+    with pathlib.Path(path).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def table_of(rows: list[dict], model: str) -> Table:

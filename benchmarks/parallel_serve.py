@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import os
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.parallel_decode import place_weights, random_weights
+from benchmarks.parallel_decode import alone, place_weights, random_weights
 from saw_int4_jax import init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS
 from saw_int4_jax.models.configs import CONFIGS
@@ -68,6 +69,38 @@ def run(engines: list[Engine], prompts: list[list[int]], new: int) -> list[Any]:
         return [x for part in threads.map(serve, engines, parts) for x in part]
 
 
+def time_all(
+    engines: dict[tuple[str, str], list[Engine]],
+    prompts: list[list[int]],
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A row for each run of the job."""
+    rows = []
+    for (spread, method), some in engines.items():
+        for _ in range(arguments.runs):
+            figures = summarize([x.timing for x in run(some, prompts, arguments.new)])
+            rows.append(
+                {
+                    "op": "parallel_serve",
+                    "model": arguments.model,
+                    "method": method,
+                    "parallel": spread,
+                    "devices": 1 if spread == "one" else len(jax.devices()),
+                    "prompt_tokens": arguments.prompt,
+                    "new_tokens": arguments.new,
+                    "concurrency": arguments.requests,
+                    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+                    "tokens_per_s": figures["tokens_per_s"],
+                    "ttft_ms": 1e3 * figures["ttft_s_mean"],
+                    "e2e_s": figures["e2e_s_mean"],
+                }
+            )
+            print(rows[-1], flush=True)
+        if arguments.json:
+            write_results(arguments.json, rows)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="Qwen3-8B", choices=CONFIGS)
@@ -79,50 +112,29 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--compile-only", action="store_true", help="fill jax's cache")
+    parser.add_argument("--lock", metavar="FILE", help="held while timing, not while compiling")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
 
     started = time.monotonic()
     engines = make_engines(arguments)
-    config, devices = CONFIGS[arguments.model], len(jax.devices())
+    config = CONFIGS[arguments.model]
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (arguments.requests, arguments.prompt)).tolist()
     with concurrent.futures.ThreadPoolExecutor(len(engines)) as threads:
         list(threads.map(lambda some: run(some, prompts, 2), engines.values()))
     print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
-    if arguments.compile_only:
-        return
-
-    rows: list[dict[str, Any]] = []
+    with alone(arguments.lock):
+        rows = time_all(engines, prompts, arguments)
     table = Table("GPUs", "cache", "tokens/s", "TTFT s", "E2E s", title=describe_device())
-    for (spread, method), some in engines.items():
-        for _ in range(arguments.runs):
-            figures = summarize([x.timing for x in run(some, prompts, arguments.new)])
-            row = {
-                "op": "parallel_serve",
-                "model": arguments.model,
-                "method": method,
-                "parallel": spread,
-                "devices": 1 if spread == "one" else devices,
-                "prompt_tokens": arguments.prompt,
-                "new_tokens": arguments.new,
-                "concurrency": arguments.requests,
-                "tokens_per_s": figures["tokens_per_s"],
-                "ttft_ms": 1e3 * figures["ttft_s_mean"],
-                "e2e_s": figures["e2e_s_mean"],
-            }
-            rows.append(row)
-            table.add_row(
-                f"{row['devices']} {spread}",
-                method.upper(),
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['ttft_ms'] / 1e3:.2f}",
-                f"{row['e2e_s']:.2f}",
-            )
-            print(row, flush=True)
-            if arguments.json:
-                write_results(arguments.json, rows)
+    for row in rows:
+        table.add_row(
+            f"{row['devices']} {row['parallel']}",
+            row["method"].upper(),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['ttft_ms'] / 1e3:.2f}",
+            f"{row['e2e_s']:.2f}",
+        )
     Console(width=100).print(table)
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 
 DUMP = tempfile.mkdtemp()
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -24,9 +25,14 @@ os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels import PageFormat, init_pages, tuning  # noqa: E402
 from pallas_kernels.triton import attention, write  # noqa: E402
+from saw_int4_jax import init_cache  # noqa: E402
+from saw_int4_jax.cache import cache_shardings  # noqa: E402
+from saw_int4_jax.models.llama import Llama, LlamaConfig  # noqa: E402
+from saw_int4_jax.sharding import make_mesh, param_shardings  # noqa: E402
 
 H200 = """
 gpu_device_info {
@@ -119,6 +125,40 @@ def compile_prepare(topology, format, tokens):
     compile_for(topology, f, pages, q, k, k, slots, angle, angle, weight, weight)
 
 
+def compile_on_two(topology):
+    """A decode step of one sequence, tensor parallel: the kernels, and no table is gathered."""
+    config = LlamaConfig(
+        vocab_size=1024,
+        embed_dim=256,
+        mlp_dim=512,
+        num_layers=1,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        max_length=256,
+        tie_embeddings=True,
+    )
+    mesh = make_mesh(config.num_kv_heads, devices=topology.devices)
+    model = Llama(config, jnp.bfloat16, last_only=True)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    spec = config.cache_spec(num_pages=8, page_size=64, layout="split")
+    cache = jax.eval_shape(lambda: init_cache(spec, 1, mesh=mesh))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def place(shapes, shardings):
+        return jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings
+        )
+
+    variables = place(variables, param_shardings(variables, mesh))
+    cache = place(cache, cache_shardings(cache, mesh))
+    with unittest.mock.patch.object(jax, "default_backend", return_value="gpu"):
+        lowered = jax.jit(model.apply, donate_argnums=2).lower(variables, tokens, cache)
+    text = lowered.compile().as_text()
+    assert 'custom_call_target="mosaic_gpu' in text
+    assert "all-gather" not in text
+
+
 def spilled_bytes() -> int | None:
     """Over all kernels compiled since the last call; `None` without ptxas."""
     [*found] = pathlib.Path(jax.__file__).parents[1].glob("nvidia/cu*/bin/ptxas")
@@ -191,6 +231,10 @@ def main() -> None:
                 head_dim=head_dim,
                 attention=mosaic,
             )
+        two = topologies.get_topology_desc(
+            platform="cuda", topology_name="h200", topology="1x1x2", target_config=H200
+        )
+        programs["mosaic over two devices"] = lambda: compile_on_two(two)
     wanted = set(sys.argv[1:])
     programs = {k: v for k, v in programs.items() if wanted <= set(k.split())}
     failures = []
