@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import fcntl
 import functools
 import itertools
 import os
-import pathlib
 import statistics
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -399,20 +397,15 @@ def main() -> None:
     )
     wanted = [p for batch in arguments.batch for p in programs(arguments, batch)]
     compiled = compile_all(benchmark, wanted, arguments.workers)
-    with alone(arguments.lock):
-        rows = time_all(benchmark, compiled, arguments)
+    wait_for_turn(arguments.lock)
+    rows = time_all(benchmark, compiled, arguments)
     Console(width=160).print(table_of(rows, arguments.model))
 
 
-@contextlib.contextmanager
-def alone(path: str | None) -> Iterator[None]:
-    """Of several programs that compile side by side, one at a time is here."""
-    if path is None:
-        yield
-        return
-    with pathlib.Path(path).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def wait_for_turn(path: str | None) -> None:
+    """Of programs that compile side by side one at a time comes past this, until its end."""
+    if path is not None:
+        fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
 
 
 def table_of(rows: list[dict], model: str) -> Table:

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.parallel_decode import alone, place_weights, random_weights
+from benchmarks.parallel_decode import place_weights, random_weights, wait_for_turn
 from saw_int4_jax import init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS
 from saw_int4_jax.models.configs import CONFIGS
@@ -37,17 +38,19 @@ def make_engines(arguments: argparse.Namespace) -> dict[tuple[str, str], list[En
     spreads = {"one": [devices[:1]], "tensor": [devices], "data": [[d] for d in devices]}
     engines: dict[tuple[str, str], list[Engine]] = {}
     length = arguments.prompt + arguments.new
+    weights: dict[Mesh, Any] = {}
     for spread in arguments.parallel:
         for group in spreads[spread]:
             mesh = make_mesh(config.num_kv_heads, devices=group)
-            variables = random_weights(place_weights(config, mesh))
+            if mesh not in weights:
+                weights[mesh] = random_weights(place_weights(config, mesh))
             rows = arguments.requests // len(spreads[spread])
             for method in arguments.methods:
                 pages = rows * -(-length // arguments.page_size)
                 options = dict(page_size=arguments.page_size, **METHOD_OPTIONS[method])
                 engine = Engine(
                     one_layer_forward(config, jnp.dtype(jnp.bfloat16)),
-                    variables,
+                    weights[mesh],
                     init_cache(config.cache_spec(pages, **options), rows, length, mesh=mesh),
                     batches=[rows],
                     pieces=8,
@@ -124,8 +127,8 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(len(engines)) as threads:
         list(threads.map(lambda some: run(some, prompts, 2), engines.values()))
     print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
-    with alone(arguments.lock):
-        rows = time_all(engines, prompts, arguments)
+    wait_for_turn(arguments.lock)
+    rows = time_all(engines, prompts, arguments)
     table = Table("GPUs", "cache", "tokens/s", "TTFT s", "E2E s", title=describe_device())
     for row in rows:
         table.add_row(
