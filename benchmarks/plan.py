@@ -7,9 +7,10 @@ A decode step takes, on each device, the sum of
 - its share of the weights, read once, at the rate at which one GPU's matrix products read them;
 - its share of the cache, at the rate that decode attention was measured to read at: a time per
   call and a time per byte, fitted to all measured shapes of each kind of cache;
-- two all-reduces a layer of [batch, embed_dim] bfloat16 over the devices that share a pool: a
-  latency, and 2 (n - 1) / n of the bytes (a ring) at the link's rate. Measured on two devices where
-  `parallel_decode.json` of two exists, else as `--link-gb-per-s` and `--latency-us` say.
+- two all-reduces a layer of [batch, embed_dim] bfloat16 over the devices that share a pool, one
+  after the look-up of the tokens, and the exchange of the best tokens, taken to be one more: a
+  latency each, and 2 (n - 1) / n of the bytes (a ring) at the link's rate. Measured on two devices
+  where `parallel_decode.json` of two exists, else as `--link-gb-per-s` and `--latency-us` say.
 
 Pools exchange nothing, so they are taken to scale perfectly; tensor parallelism stays within the
 eight GPUs of a host. Arithmetic counts where it takes longer than reading the weights.
@@ -71,7 +72,7 @@ def measured_on_two(device: str) -> tuple[str, list[dict[str, Any]]]:
     for kind in (device, *DATA_SHEET_GB_PER_S):
         rows = load(RESULTS / f"{kind}-x2" / "parallel_decode.json")
         if rows:
-            return kind, [r for r in rows if "superseded" not in r]
+            return kind, rows
     return device, []
 
 
@@ -84,8 +85,7 @@ def weight_rate(device: str) -> tuple[float, str]:
         return max(r["ceiling_gb_per_s"] for r in read), "the read ceiling"
     rates = []
     for row in rows:
-        config = CONFIGS[row["model"]]  # its embedding is looked up, not read
-        read = row["weight_bytes_per_device"] - 2 * config.vocab_size * config.embed_dim
+        read = row["weight_bytes_per_device"] - embedding_bytes(CONFIGS[row["model"]])
         rates.append(read / row["matmuls_us"] / 1e3)
     scale = DATA_SHEET_GB_PER_S[device] / DATA_SHEET_GB_PER_S[kind]
     scaled = "" if kind == device else ", scaled by the data sheets' bandwidths"
@@ -100,7 +100,7 @@ def link(arguments: argparse.Namespace) -> tuple[float, float, str]:
     for row in rows:
         if row["parallel"] == "tensor" and "collectives_us" in row:
             size = row["batch"] * CONFIGS[row["model"]].embed_dim * 2
-            points.setdefault(size, []).append(row["collectives_us"] / (2 * row["layers"] + 1))
+            points.setdefault(size, []).append(row["collectives_us"] / (2 * row["layers"] + 2))
     if len(points) < 2:
         return arguments.latency_us, arguments.link_gb_per_s, "assumed"
     sizes = np.array(sorted(points))
@@ -124,16 +124,19 @@ def weight_bytes(config: LlamaConfig) -> int:
     return 2 * (one + (two - one) * (config.num_layers - 1))
 
 
+def embedding_bytes(config: LlamaConfig) -> int:
+    """Of the table that is looked up, not read."""
+    return 0 if config.tie_embeddings else 2 * config.vocab_size * config.embed_dim
+
+
 def estimate(
     name: str, method: str, chips: int, tensor: int, batch: int, measured: dict, arguments: Any
 ) -> dict[str, Any]:
     """A row: one model on `chips` devices, `tensor` to a pool of `batch` sequences."""
     config = CONFIGS[name]
     spec: CacheSpec = config.cache_spec(1, page_size=64, **METHOD_OPTIONS[method])
-    # The embedding is on every device and looked up, not read.
-    embedding = 2 * config.vocab_size * config.embed_dim
-    read = (weight_bytes(config) - embedding) / tensor
-    weights = read + embedding
+    weights = weight_bytes(config) / tensor
+    read = weights - embedding_bytes(config) / tensor
     per_sequence = spec.bytes_per_token * arguments.context
     room = arguments.memory_gb * 1e9 * arguments.usable - weights
     fits = int(max(room, 0) // (per_sequence / tensor))
@@ -146,7 +149,7 @@ def estimate(
     if tensor > 1:
         traffic = 2 * (tensor - 1) / tensor * batch * config.embed_dim * 2
         each = measured["latency_us"] + traffic / measured["link_gb_per_s"] / 1e3
-        collectives = (2 * config.num_layers + 1) * each
+        collectives = (2 * config.num_layers + 2) * each
     step = products + attention + collectives
     return {
         "op": "plan",

@@ -20,21 +20,18 @@ PIECES = "attention", "matmuls", "collectives"
 
 def plot(results: dict[str, Any]) -> Figure:
     """A panel for each batch and context; a bar for each cache and spread, in milliseconds."""
-    rows = [r for r in results["rows"] if "step_us" in r and "superseded" not in r]
+    rows = results["rows"]
     panels = sorted({(r["batch"], r["context"]) for r in rows if r["devices"] > 1})
     figure = Figure(figsize=(4 * len(panels), 4.5), layout="constrained")
     for axes, (batch, context) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         here = [r for r in rows if (r["batch"], r["context"]) == (batch, context)]
         here.sort(key=lambda r: (list(METHODS).index(r["method"]), r["devices"], r["parallel"]))
         for place, row in enumerate(here):
-            layers = row["model_layers"] / row["layers"]
-            attention = row["attention_us"] * layers
-            collectives = row.get("collectives_us", 0.0) * layers
-            parts = attention, row["step_us"] - attention - collectives, collectives
             bottom = 0.0
-            for color, part in zip(("C0", "C7", "C3"), parts):
-                axes.bar(place, part / 1e3, bottom=bottom, color=color)
-                bottom += part / 1e3
+            for color, piece in zip(("C0", "C7", "C3"), PIECES):
+                part = row[f"{piece}_us"] / 1e3
+                axes.bar(place, part, bottom=bottom, color=color)
+                bottom += part
             axes.text(
                 place, bottom, f"{row['tokens_per_s']:,.0f}", ha="center", va="bottom", size=6
             )

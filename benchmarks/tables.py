@@ -328,38 +328,65 @@ def serve() -> str:
 
 
 def scaling() -> str:
-    """Decode step on several devices against one of the same machine, a table for each file."""
-    names = "parallel_decode.json", "parallel_decode_32b.json"
-    paths = [path for name in names for path in sorted(RESULTS.glob(f"*-x[0-9]*/{name}"))]
-    return "\n".join(scaling_table(str(path.relative_to(RESULTS))) for path in paths)
+    """Decode step, and a job of requests, on several devices against one of the same machine."""
+    tables = {
+        "parallel_decode.json": scaling_table,
+        "parallel_decode_32b.json": scaling_table,
+        "parallel_serve.json": parallel_serve_table,
+    }
+    return "\n".join(
+        table(str(path.relative_to(RESULTS)))
+        for name, table in tables.items()
+        for path in sorted(RESULTS.glob(f"*-x[0-9]*/{name}"))
+    )
 
 
 def scaling_table(file: str) -> str:
     """A table of one file: how the step divides over devices, and what it gains."""
     shape = operator.itemgetter("batch", "context", "method")
-    timed = [row for row in rows_of(file) if "step_us" in row and "superseded" not in row]
-    alone = {shape(row): row["tokens_per_s"] for row in timed if row["parallel"] == "one"}
-    timed.sort(key=operator.itemgetter("batch", "context", "devices", "parallel", "method"))
-    rows = []
-    for row in timed:
-        devices, gain = str(row["devices"]), ""
-        if row["devices"] > 1:
-            devices = f"{devices}, {row['parallel']}"
-            if one := alone.get(shape(row)):
-                gain = f"{row['tokens_per_s'] / one / row['devices']:.0%}"
-        # Of the layers alone; what is left of the step has the embedding and the logits in it.
-        layers = row["model_layers"] / row["layers"] / 1e3
-        pieces = (row.get(f"{piece}_us") for piece in ("attention", "collectives"))
-        rows.append(
-            f"{row['batch']} | {row['context']:,} | {METHODS[row['method']]} | {devices}"
-            f" | {row['step_us'] / 1e3:.2f} | {row['tokens_per_s']:,.0f} | {gain} | "
-            + join("" if us is None else f"{us * layers:.2f}" for us in pieces)
-        )
+    alone = {shape(row): row for row in rows_of(file, parallel="one")}
+    keys = operator.itemgetter("batch", "context", "devices", "parallel", "method")
+    rows = [
+        f"{row['batch']} | {row['context']:,} | {METHODS[row['method']]}"
+        f"{' *' if row['pool_layers'] < row['layers'] else ''} | {spread(row)}"
+        f" | {row['median_us'] / 1e3:.2f} | {row['tokens_per_s']:,.0f}"
+        f" | {efficiency(row, alone.get(shape(row)))} | "
+        + join(f"{row[f'{piece}_us'] / 1e3:.2f}" for piece in ("attention", "collectives"))
+        for row in sorted(rows_of(file), key=keys)
+    ]
     head = "batch | context | cache | GPUs | step ms | tokens/s | efficiency"
     head += " | attention ms | collectives ms"
-    about = "{model}, random weights; {layers} of its {model_layers} layers were timed, the step "
-    about = about.format(**timed[0]) + "of all is extrapolated.\n\n"
+    about = "{model}, random weights, all {layers} layers.\n\n".format(**rows_of(file)[0])
     return about + markdown(head, rows, file)
+
+
+def parallel_serve_table(file: str) -> str:
+    """A table of one file: a job of requests, the last run of each spread."""
+    last = {(row["method"], row["parallel"]): row for row in rows_of(file)}
+    rows = [
+        f"{METHODS[method]} | {spread(row)} | {row['tokens_per_s']:,.0f}"
+        f" | {efficiency(row, last[method, 'one'])}"
+        f" | {row['ttft_ms'] / 1e3:.2f} | {row['e2e_s']:.2f}"
+        for (method, _), row in last.items()
+    ]
+    about = (
+        "{concurrency} requests at once, each with a prompt of {prompt_tokens} tokens and an answer "
+        "of {new_tokens}, {model}, by the serving engine.\n\n"
+    ).format(**rows_of(file)[0])
+    head = "cache | GPUs | tokens/s | efficiency | TTFT s | E2E s"
+    return about + markdown(head, rows, file)
+
+
+def spread(row: dict) -> str:
+    """How many devices, and what they share."""
+    return "1" if row["devices"] == 1 else f"{row['devices']}, {row['parallel']}"
+
+
+def efficiency(row: dict, alone: dict | None) -> str:
+    """Speed over that of as many separate devices."""
+    if row["devices"] == 1 or alone is None:
+        return ""
+    return f"{row['tokens_per_s'] / alone['tokens_per_s'] / row['devices']:.0%}"
 
 
 def plan() -> str:
