@@ -18,6 +18,7 @@ from saw_int4_jax.models import Model, load_model
 from saw_int4_jax.models.llama import one_layer_forward
 from saw_int4_jax.rotation import balance_keys, fold_values
 from saw_int4_jax.serving.engine import Engine
+from saw_int4_jax.sharding import make_mesh, shard_params
 
 API_KEY = "SAW_INT4_API_KEY"
 
@@ -37,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--page-size", type=int, default=128, metavar="S", help="tokens in a page")
     parser.add_argument(
-        "--pool-gb", type=float, metavar="GB", help="of the cache; default: 85%% of free memory"
+        "--pool-gb",
+        type=float,
+        metavar="GB",
+        help="of the cache on all devices; default: 85%% of free memory",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="tensor parallel over so many"
     )
     parser.add_argument("--rows", type=int, default=32, help="the most requests at a time")
     parser.add_argument(
@@ -70,8 +77,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise OSError(f"{error}: install saw-int4-jax[serve]") from error
     path = pathlib.Path(arguments.model or REFERENCE_MODEL)
     on_cpu = jax.default_backend() == "cpu"
-    model = load_model(path, arguments.dtype or ("float32" if on_cpu else "bfloat16"))
-    model = dataclasses.replace(model, params=balance_keys(model.params, model.config))
+    # One device may be too small for a model that is to lie on several.
+    where = jax.devices("cpu")[0] if arguments.devices > 1 else None
+    with jax.default_device(where):
+        model = load_model(path, arguments.dtype or ("float32" if on_cpu else "bfloat16"))
+        model = dataclasses.replace(model, params=balance_keys(model.params, model.config))
     template = load_chat_template(path) if path.is_dir() else None
     engine = make_engine(model, arguments)
     served = Served(
@@ -118,8 +128,17 @@ def make_engine(model: Model, arguments: argparse.Namespace) -> Engine:
         if arguments.method != "bdr":
             raise ValueError(f"Expected {arguments.method=} to be 'bdr' with --rotate-v")
         params = fold_values(params, model.config, spec.format.order)
+    mesh = None
+    if arguments.devices != 1:
+        devices = jax.devices()
+        if not 1 <= arguments.devices <= len(devices):
+            raise ValueError(f"Expected {arguments.devices=} to be within 1 .. {len(devices)}")
+        mesh = make_mesh(model.config.num_kv_heads, devices=devices[: arguments.devices])
+        params = shard_params(params, mesh)
     page_bytes = spec.bytes_per_token * spec.page_size
-    pool_bytes = free_bytes() if arguments.pool_gb is None else arguments.pool_gb * 1e9
+    pool_bytes = arguments.devices * free_bytes()
+    if arguments.pool_gb is not None:
+        pool_bytes = arguments.pool_gb * 1e9
     if pool_bytes < page_bytes:
         raise ValueError(f"Expected a pool of {pool_bytes / 1e9:.3f} GB to hold a page")
     length = min(arguments.max_length or model.config.max_length, model.config.max_length)
@@ -131,7 +150,7 @@ def make_engine(model: Model, arguments: argparse.Namespace) -> Engine:
     return Engine(
         one_layer_forward(model.config, dtype),
         {"params": params},
-        init_cache(spec, arguments.rows, length),
+        init_cache(spec, arguments.rows, length, mesh=mesh),
         tokenizer=model.tokenizer,
         piece=arguments.piece or (32 if on_cpu else 256),
         pieces=arguments.pieces or (4 if on_cpu else 8),

@@ -1,5 +1,6 @@
 """A cache and a model spread over devices, hosts and pools give what one device gives."""
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -21,9 +22,10 @@ import saw_int4_jax as saw
 from saw_int4_jax import sharding
 from saw_int4_jax.cache import AXES
 from saw_int4_jax.checkpoint import load_cache, save_cache
-from saw_int4_jax.models import Llama
+from saw_int4_jax.demo import REFERENCE_MODEL
+from saw_int4_jax.models import Llama, load_model
 from saw_int4_jax.models.llama import LlamaConfig
-from saw_int4_jax.serving import Engine, Request
+from saw_int4_jax.serving import Engine, Request, command
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -223,6 +225,15 @@ def check_engine():
     cache = saw.init_cache(spec_of(), BATCH, mesh=mesh_of((2, 4, 1)))
     with pytest.raises(ValueError, match="to have one pool"):
         Engine(forward_of(CONFIG), variables, cache)
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    model = load_model(REFERENCE_MODEL)
+    engine = command.make_engine(model, parser.parse_args(["--devices", "2", "--pool-gb", "0.01"]))
+    pages = engine.scheduler.limits.num_pages
+    assert 0.008e9 < pages * 128 * model.config.cache_spec(1).bytes_per_token <= 0.01e9
+    with pytest.raises(ValueError, match=r"arguments.devices=9 to be within 1 \.\. 8"):
+        command.make_engine(model, parser.parse_args(["--devices", "9"]))
 
 
 def check_eight_devices(folder):
