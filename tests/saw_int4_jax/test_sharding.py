@@ -308,7 +308,7 @@ def check_kernels():
     for data in (1, count):
         mesh = sharding.make_mesh(KERNELS.num_kv_heads, data=data)
         together = generate_on(mesh, **options)
-        assert together.tokens == alone, mesh
+        assert together.tokens == alone, (mesh, together.tokens, alone)
         variables = sharding.shard_params(random_variables(KERNELS), mesh)
         tokens = np.zeros((BATCH, 1), np.int32)
         step = jax.jit(forward_of(KERNELS)).lower(variables, tokens, together.cache)
