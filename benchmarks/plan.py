@@ -51,14 +51,14 @@ def load(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def attention_times(device: str) -> dict[str, tuple[float, float]]:
-    """Microseconds of a call and of a byte, by method, fitted to the measured shapes."""
+    """Microseconds of a call and of a byte, by method, fitted to the fastest time of each shape."""
     rows = load(RESULTS / device / "decode_attention.json")
     rows = [r for r in rows if not r["peer"] and not r["ragged"]]
     rows.sort(key=lambda r: -r["median_us"])
     fits = {}
     for method in METHOD_OPTIONS:
-        here = {(r["batch"], r["context"]): r for r in rows if r["method"] == method}
-        here = list(here.values())  # of each shape the fastest
+        # Slowest first: of each shape the fastest stays.
+        here = {(r["batch"], r["context"]): r for r in rows if r["method"] == method}.values()
         a = np.array([[1, r["cache_bytes"]] for r in here])
         times = np.array([r["median_us"] for r in here])
         # Relative errors count: a large shape is no more true than a small one.

@@ -370,7 +370,7 @@ def parallel_serve_table(file: str) -> str:
         for (method, _), row in last.items()
     ]
     about = (
-        "{concurrency} requests at once, each with a prompt of {prompt_tokens} tokens and an answer "
+        "{concurrency} requests at once, prompts of {prompt_tokens} tokens and answers "
         "of {new_tokens}, {model}, by the serving engine.\n\n"
     ).format(**rows_of(file)[0])
     head = "cache | GPUs | tokens/s | efficiency | TTFT s | E2E s"
