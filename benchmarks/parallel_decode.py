@@ -375,10 +375,13 @@ def main() -> None:
     arguments.add_argument("--page-size", type=int, default=64)
     arguments.add_argument("--memory-gb", type=float, help="of a device; default: what it says")
     arguments.add_argument("--workers", type=int, default=16, help="that compile")
-    arguments.add_argument("--lock", metavar="FILE", help="held while timing, not while compiling")
+    arguments.add_argument(
+        "--lock", metavar="FILE", help="of programs side by side: each is timed alone"
+    )
     arguments.add_argument("--seconds", type=float, default=1e9, help="start nothing after that")
     arguments.add_argument("--json", metavar="FILE")
     arguments = arguments.parse_args()
+    lock = share_lock(arguments.lock)
 
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1e12)
     if arguments.memory_gb is not None:
@@ -397,15 +400,24 @@ def main() -> None:
     )
     wanted = [p for batch in arguments.batch for p in programs(arguments, batch)]
     compiled = compile_all(benchmark, wanted, arguments.workers)
-    wait_for_turn(arguments.lock)
+    wait_for_turn(lock)
     rows = time_all(benchmark, compiled, arguments)
     Console(width=160).print(table_of(rows, arguments.model))
 
 
-def wait_for_turn(path: str | None) -> None:
-    """Of programs that compile side by side one at a time comes past this, until its end."""
-    if path is not None:
-        fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
+def share_lock(path: str | None) -> int | None:
+    """Says that this program compiles: others that wait for their turn wait for it."""
+    if path is None:
+        return None
+    lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def wait_for_turn(lock: int | None) -> None:
+    """Returns when no other program compiles or is timed; none is until this one ends."""
+    if lock is not None:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def table_of(rows: list[dict], model: str) -> Table:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.parallel_decode import place_weights, random_weights, wait_for_turn
+from benchmarks.parallel_decode import place_weights, random_weights, share_lock, wait_for_turn
 from saw_int4_jax import init_cache
 from saw_int4_jax.demo import METHOD_OPTIONS
 from saw_int4_jax.models.configs import CONFIGS
@@ -115,9 +115,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--lock", metavar="FILE", help="held while timing, not while compiling")
+    parser.add_argument(
+        "--lock", metavar="FILE", help="of programs side by side: each is timed alone"
+    )
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
+    lock = share_lock(arguments.lock)
 
     started = time.monotonic()
     engines = make_engines(arguments)
@@ -127,7 +130,7 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(len(engines)) as threads:
         list(threads.map(lambda some: run(some, prompts, 2), engines.values()))
     print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
-    wait_for_turn(arguments.lock)
+    wait_for_turn(lock)
     rows = time_all(engines, prompts, arguments)
     table = Table("GPUs", "cache", "tokens/s", "TTFT s", "E2E s", title=describe_device())
     for row in rows:
