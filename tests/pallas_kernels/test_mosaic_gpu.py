@@ -144,6 +144,22 @@ def test_block_sizes_of_decode_do_not_show(mode, page_size, blocks):
     assert_close(attend(problem, mode, decode.Blocks(*blocks), decode), problem)
 
 
+@pytest.mark.parametrize("mode", [INTERPRETED, COMPILED])
+def test_borders_of_parts_and_of_sequences_do_not_show(mode):
+    """Blocks of 128 tokens: 1, 2, 6, none, a whole one, and all of one but a token."""
+    case = cases.AttentionCase(
+        "borders",
+        "split",
+        lengths=(1, 200, 700, 0, 128, 127),
+        head_dim=128,
+        order=128,
+        page_size=64,
+        sinks=True,
+    )
+    problem = Problem(case)
+    assert_close(attend(problem, mode, decode.Blocks(programs=36, least_turns=1), decode), problem)
+
+
 ONE_SPLIT = {decode: decode.Blocks(1), prefill: prefill.Blocks(64, 16, 1, 1, 2)}
 
 
