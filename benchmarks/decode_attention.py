@@ -242,7 +242,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
                 shape = f"{row['batch']} × {row['context']:,}"
                 lines.setdefault(name_of(row), {})[shape] = row["median_us"]
                 if row["method"] != "bf16":
-                    floor = row["cache_bytes"] / row["ceiling_gb_per_s"] / 1e3
+                    floor = row["median_us"] * row["fraction_of_ceiling"]
                     lines.setdefault("reading the INT4 bytes", {})[shape] = floor
         for name, times in lines.items():
             style = "k:" if name.startswith("reading") else "o-"
@@ -255,7 +255,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         tail = ", every second sequence at a tenth" if ragged else ""
         axes.set_title(f"Decode attention, {heads}{tail}")
         axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=120)
 
 

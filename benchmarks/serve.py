@@ -216,7 +216,7 @@ def serve(engine: Engine, job: Job, vocabulary: int) -> dict[str, Any]:
         "tokens_per_s": found["tokens_per_s"],
         "request_tokens_per_s": statistics.fmean(x.tokens / x.e2e_s for x in timings),
         "decode_tokens_per_s": 1 / found["tpot_s_mean"],
-        "ttft_ms": 1e3 * found["ttft_s_mean"],
+        "ttft_s": found["ttft_s_mean"],
         "e2e_s": found["e2e_s_mean"],
         "e2e_s_p75": found["e2e_s_p75"],
         "e2e_s_p90": found["e2e_s_p90"],

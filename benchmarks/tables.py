@@ -24,11 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {"bf16": "BF16", "int4": "INT4", "bdr": "BDR"}
 TPU_FOLDERS = ("tpu_v5e", "tpu_v6e", "tpu7x")
-DECODE = (
-    "h200/decode_attention.json",
-    "h200/decode_attention_mosaic.json",
-    "h200/decode_attention_ragged.json",
-)
+DECODE = "h200/decode_attention.json"
 ACCURACY = "accuracy/reference.json"
 OUTLIERS = "accuracy/reference_outliers.json"  # three methods on ten times the text
 STORIES = "accuracy/stories260k.json"
@@ -83,7 +79,8 @@ def caption(file: str) -> str:
     meta = load(file)["meta"]
     return (
         f"\n`{meta['command']}`, {meta['device']}, Python {meta['python']}, jax {meta['jax']}, "
-        f"{meta['date'][:10]}; [raw](benchmarks/results/{file}).\n"
+        f"{meta['date'][:10]}; [raw](benchmarks/results/{file}). {meta.get('note', '')}".rstrip()
+        + "\n"
     )
 
 
@@ -106,10 +103,9 @@ def summary() -> str:
         return join(f"{scores[method]['kl']:.4f}" for method in METHODS)
 
     decoding = medians(
-        decode_shapes(ragged=False)[32, 8192],
+        decode_shapes("batch", "context", ragged=False)[32, 8192],
         ("triton bf16", "mosaic_gpu int4", "mosaic_gpu bdr"),
         ".0f",
-        none="not timed",
     )
     rows = [
         "bits a value (head dimension 128) | 16 | 4.25 | 4.25",
@@ -121,7 +117,7 @@ def summary() -> str:
         "decode step of Qwen3-8B's shape, H200, 64 sequences of 4k tokens, ms | "
         + three(step, ".1f", us=1e3, batch=64, context=4096),
     ]
-    files = demo, *DECODE[:2], write, step
+    files = demo, DECODE, write, step
     raw = ", ".join(f"[{file}](benchmarks/results/{file})" for file in files)
     return markdown(f" | {each('{}')}", rows) + f"\nFrom {raw}.\n"
 
@@ -177,37 +173,51 @@ def decode_step_gpu() -> str:
     return markdown(head, rows, file)
 
 
-def decode_shapes(*, ragged: bool) -> dict[tuple[int, int], dict[str, dict]]:
-    """Decode attention by shape, then by implementation and method."""
-    here = dict(q_heads=32, kv_heads=8, head_dim=128, page_size=64, ragged=ragged)
-    rows = [row for file in DECODE for row in rows_of(file, **here)]
+def decode_shapes(*keys: str, file: str = DECODE, **having: object) -> dict[tuple, dict[str, dict]]:
+    """Decode attention by `keys`, then by implementation and method."""
 
     def name(row: dict) -> str:
         return f"{row['implementation']} {row['method']}"
 
-    return cells(rows, "batch", "context", column=name)
+    return cells(rows_of(file, **having), *keys, column=name)
+
+
+def share(here: dict[str, dict], name: str) -> str:
+    return f"{here[name]['fraction_of_ceiling']:.0%}" if name in here else ""
 
 
 def decode_attention(*, ragged: bool = False) -> str:
     """Decode attention on an H200 over shapes: by Triton, and by Mosaic GPU."""
-    names = ["cudnn bf16", *(f"triton {method}" for method in METHODS), "mosaic_gpu bdr"]
+    triton = [f"triton {method}" for method in METHODS]
+    mosaic = ["mosaic_gpu int4", "mosaic_gpu bdr"]
     rows = []
-    for (batch, context), here in decode_shapes(ragged=ragged).items():
-        cudnn, *_, triton, mosaic = (here.get(name) for name in names)
-        share = [f"{row['fraction_of_ceiling']:.0%}" if row else "" for row in (triton, mosaic)]
-        gain = f"{cudnn['median_us'] / mosaic['median_us']:.1f}x" if cudnn and mosaic else ""
+    for (batch, context), here in decode_shapes("batch", "context", ragged=ragged).items():
+        gain = here["cudnn bf16"]["median_us"] / min(
+            here[n]["median_us"] for n in here if "bdr" in n
+        )
         rows.append(
-            f"{batch} | {context:,} | {medians(here, names[:-1])} | {share[0]}"
-            f" | {medians(here, names[-1:])} | {share[1]} | {gain}"
+            f"{batch} | {context:,} | {medians(here, ['cudnn bf16', *triton])}"
+            f" | {share(here, triton[-1])} | {medians(here, mosaic)} | {share(here, mosaic[-1])}"
+            f" | {gain:.1f}x"
         )
     head = f"batch | context | cuDNN dense BF16 µs | {each('{} µs')} | of ceiling"
-    head += " | BDR, Mosaic GPU µs | of ceiling | against cuDNN"
-    return markdown(head, rows, *([DECODE[-1]] if ragged else DECODE[:2]))
+    head += " | INT4, Mosaic GPU µs | BDR, Mosaic GPU µs | of ceiling | BDR to cuDNN"
+    return markdown(head, rows, DECODE)
 
 
 def decode_ragged() -> str:
     """The same where every second sequence has a tenth of the context."""
     return decode_attention(ragged=True)
+
+
+def decode_heads() -> str:
+    """BDR over numbers of query and KV heads, by both."""
+    file, names, rows = DECODE.replace(".", "_heads."), ["triton bdr", "mosaic_gpu bdr"], []
+    for (q_heads, kv_heads), here in decode_shapes("q_heads", "kv_heads", file=file).items():
+        times = join(f"{medians(here, [name])} | {share(here, name)}" for name in names)
+        rows.append(f"{q_heads} | {kv_heads} | {times}")
+    head = "query heads | KV heads | Triton µs | of ceiling | Mosaic GPU µs | of ceiling"
+    return markdown(head, rows, file)
 
 
 def prefill() -> str:
@@ -221,6 +231,7 @@ def prefill() -> str:
         "cudnn": "cuDNN dense BF16, the same mask, µs",
         "unmasked": "cuDNN without a mask µs",
         "bf16": "BF16 pages µs",
+        "int4": "INT4 µs",
         "bdr": "BDR µs",
     }
     table = cells(rows_of(file), "tokens", "context", column=name)
@@ -247,8 +258,12 @@ def write_kv() -> str:
         "unfused": "the same, these by XLA",
     }
     table = cells(rows_of(file), "tokens", column=name)
-    rows = [f"{tokens:,} | {medians(here, names)}" for tokens, here in table.items()]
-    return markdown(f"tokens | {join(f'{name} µs' for name in names.values())}", rows, file)
+    rows = [
+        f"{tokens:,} | {medians(here, names, '.2f')} | {here['bdr']['over_int4']:+.0%}"
+        for tokens, here in table.items()
+    ]
+    head = f"tokens | {join(f'{name} µs' for name in names.values())} | rotating adds"
+    return markdown(head, rows, file)
 
 
 def tpu_static() -> str:
@@ -300,8 +315,8 @@ def tpu_rotation() -> str:
 def serve() -> str:
     """Jobs over concurrency, those of one kind together."""
 
-    def three(here: dict[str, dict], name: str, digits: int = 1, scale: float = 1) -> str:
-        values = (here[m][name] / scale if m in here else None for m in METHODS)
+    def three(here: dict[str, dict], name: str, digits: int = 1) -> str:
+        values = (here[m][name] if m in here else None for m in METHODS)
         return " / ".join("–" if value is None else f"{value:,.{digits}f}" for value in values)
 
     def gain(here: dict[str, dict], other: str) -> str:
@@ -310,6 +325,8 @@ def serve() -> str:
         return f"{here['bdr']['tokens_per_s'] / here[other]['tokens_per_s']:.2f}x"
 
     file, rows = "h200/serve.json", []
+    times = {"ttft_s": "TTFT", "e2e_s": "E2E", "e2e_s_p75": "p75", "e2e_s_p90": "p90"}
+    times = {key: name for key, name in times.items() if key in rows_of(file)[0]}
     keys = "found_tokens", "layers", "prompt_tokens", "new_tokens", "concurrency"
     jobs = cells(rows_of(file, op="serve"), *keys)
     deepest = max(layers for _, layers, *_ in jobs)
@@ -319,11 +336,10 @@ def serve() -> str:
         rows.append(
             f"{kind} | {concurrency} | {three(here, 'tokens_per_s', 0)}"
             f" | {gain(here, 'bf16')} | {gain(here, 'int4')}"
-            f" | {three(here, 'request_tokens_per_s')} | {three(here, 'ttft_ms', scale=1e3)}"
-            f" | {three(here, 'e2e_s')} | {three(here, 'e2e_s_p75')} | {three(here, 'e2e_s_p90')}"
+            f" | {three(here, 'request_tokens_per_s')} | {join(three(here, key) for key in times)}"
         )
     head = "requests | at once | tokens/s of the job | BDR to BF16 | to INT4"
-    head += " | tokens/s of a request | TTFT s | E2E s | p75 | p90"
+    head += f" | tokens/s of a request | {join(f'{name} s' for name in times.values())}"
     return "Figures are BF16 / INT4 / BDR.\n\n" + markdown(head, rows, file)
 
 
@@ -602,8 +618,8 @@ def accuracy_words() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(summary, demo, decode_attention, decode_ragged, prefill, write_kv, decode_step),
-        *(decode_step_gpu, tpu_static, tpu_rotation, serve, scaling, plan, accuracy),
+        *(summary, demo, decode_attention, decode_ragged, decode_heads, prefill, write_kv),
+        *(decode_step, decode_step_gpu, tpu_static, tpu_rotation, serve, scaling, plan, accuracy),
         *(accuracy_serving, accuracy_outliers, accuracy_context, accuracy_words, accuracy_stories),
     )
 }

@@ -31,7 +31,9 @@ def beats_others(
     q: Float[Array, "B T H D"], pages: Pages, page_table: Int[Array, "B max_pages"]
 ) -> bool:
     """Whether it is faster than the Triton kernel, as measured on an H200: see NOTES.md."""
-    return supported(q, pages, page_table) is None and kernel(q, pages) is decode
+    rows = q.shape[1] * (q.shape[2] // pages.kv_heads)
+    crowded = rows in (2, 3)  # just too many registers for four programs on a multiprocessor
+    return supported(q, pages, page_table) is None and kernel(q, pages) is decode and not crowded
 
 
 def kernel(q: Float[Array, "B T H D"], pages: Pages) -> ModuleType:

@@ -313,8 +313,10 @@ def choose_on_a_gpu(monkeypatch, **case):
 
 
 def test_the_faster_one_is_the_default(monkeypatch):
-    decode_128 = dict(head_dim=128)
+    decode_128 = dict(head_dim=128, kv_heads=4)
     assert choose_on_a_gpu(monkeypatch, **decode_128) == "pallas_kernels.mosaic_gpu.attention"
+    two_rows = dict(head_dim=128, kv_heads=2)
+    assert choose_on_a_gpu(monkeypatch, **two_rows) == "pallas_kernels.triton.attention"
     assert choose_on_a_gpu(monkeypatch) == "pallas_kernels.triton.attention"
     chunk = dict(head_dim=128, queries=16, lengths=(16, 40))
     assert choose_on_a_gpu(monkeypatch, **chunk) == "pallas_kernels.triton.attention"
@@ -323,7 +325,8 @@ def test_the_faster_one_is_the_default(monkeypatch):
 def test_triton_is_the_default_before_hopper(monkeypatch):
     ampere = types.SimpleNamespace(compute_capability="8.0", device_kind="NVIDIA A100")
     monkeypatch.setattr(jax, "devices", lambda: [ampere])
-    assert choose_on_a_gpu(monkeypatch, head_dim=128) == "pallas_kernels.triton.attention"
+    four_rows = dict(head_dim=128, kv_heads=1)
+    assert choose_on_a_gpu(monkeypatch, **four_rows) == "pallas_kernels.triton.attention"
 
 
 def test_without_triton_this_one_runs(monkeypatch):
