@@ -364,7 +364,7 @@ def scaling_table(file: str) -> str:
     keys = operator.itemgetter("batch", "context", "devices", "parallel", "method")
     rows = [
         f"{row['batch']} | {row['context']:,} | {METHODS[row['method']]}"
-        f"{' *' if row['pool_layers'] < row['layers'] else ''} | {spread(row)}"
+        f"{' *' if row.get('pool_layers', row['layers']) < row['layers'] else ''} | {spread(row)}"
         f" | {row['median_us'] / 1e3:.2f} | {row['tokens_per_s']:,.0f}"
         f" | {efficiency(row, alone.get(shape(row)))} | "
         + join(f"{row[f'{piece}_us'] / 1e3:.2f}" for piece in ("attention", "collectives"))
@@ -372,8 +372,14 @@ def scaling_table(file: str) -> str:
     ]
     head = "batch | context | cache | GPUs | step ms | tokens/s | efficiency"
     head += " | attention ms | collectives ms"
-    about = "{model}, random weights, all {layers} layers.\n\n".format(**rows_of(file)[0])
-    return about + markdown(head, rows, file)
+    about = "{model} on {devices}, random weights; ".format(
+        model=rows_of(file)[0]["model"], devices=load(file)["meta"]["device"]
+    )
+    if timed := rows_of(file)[0].get("timed_layers"):
+        about += f"{timed} of its {rows_of(file)[0]['layers']} layers timed, the rest extrapolated."
+    else:
+        about += "all layers timed; *: several share pages, those of all do not fit one GPU."
+    return f"{about}\n\n" + markdown(head, rows, file)
 
 
 def parallel_serve_table(file: str) -> str:
