@@ -90,6 +90,7 @@ def caption(file: str) -> str:
 def summary() -> str:
     """What a stranger wants to know: size, quality and time of the three caches."""
     demo, write, step = "cpu/demo.json", "h200/write_kv.json", "h200/decode_step.json"
+    serve = "h200/serve.json"
 
     def fastest(file: str, method: str, form: str, us: float = 1, **having: object) -> str:
         rows = rows_of(file, method=method, **having)
@@ -107,6 +108,8 @@ def summary() -> str:
         ("triton bf16", "mosaic_gpu int4", "mosaic_gpu bdr"),
         ".0f",
     )
+    jobs = rows_of(serve, prompt_tokens=256, new_tokens=1024, concurrency=256, layers=36)
+    serving = join(f"{row['tokens_per_s']:,.0f}" for row in jobs)
     rows = [
         "bits a value (head dimension 128) | 16 | 4.25 | 4.25",
         f"KL to BF16, bundled 6 M model, as trained | {kl(1)}",
@@ -116,8 +119,9 @@ def summary() -> str:
         + three(write, ".1f", op="write_kv", tokens=8192, rotate_v=False),
         "decode step of Qwen3-8B's shape, H200, 64 sequences of 4k tokens, ms | "
         + three(step, ".1f", us=1e3, batch=64, context=4096),
+        f"serving it on an H200, 256 requests of 256 + 1024 tokens at once, tokens/s | {serving}",
     ]
-    files = demo, DECODE, write, step
+    files = demo, DECODE, write, step, serve
     raw = ", ".join(f"[{file}](benchmarks/results/{file})" for file in files)
     return markdown(f" | {each('{}')}", rows) + f"\nFrom {raw}.\n"
 
@@ -330,7 +334,9 @@ def serve() -> str:
     keys = "found_tokens", "layers", "prompt_tokens", "new_tokens", "concurrency"
     jobs = cells(rows_of(file, op="serve"), *keys)
     deepest = max(layers for _, layers, *_ in jobs)
-    for (found, layers, prompt, new, concurrency), here in sorted(jobs.items()):
+    order = operator.itemgetter(0, 2, 3, 4)
+    for key, here in sorted(jobs.items(), key=lambda item: (-item[0][1], *order(item[0]))):
+        found, layers, prompt, new, concurrency = key
         kind = f"D({prompt:,}, {new:,})" + (f", {found:,} found" if found else "")
         kind += f", {layers} of {deepest} layers" if layers < deepest else ""
         rows.append(
