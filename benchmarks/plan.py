@@ -82,7 +82,7 @@ def weight_rate(device: str) -> tuple[float, str]:
     rows = [r for r in rows if r["parallel"] == "one" and "matmuls_us" in r and r["batch"] <= 64]
     if not rows:
         read = load(RESULTS / device / "decode_attention.json")
-        return max(r["ceiling_gb_per_s"] for r in read), "the read ceiling"
+        return max(r["gb_per_s"] / r["fraction_of_ceiling"] for r in read), "the read ceiling"
     rates = []
     for row in rows:
         read = row["weight_bytes_per_device"] - embedding_bytes(CONFIGS[row["model"]])
