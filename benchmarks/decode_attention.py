@@ -23,7 +23,6 @@ import importlib.util
 import itertools
 import json
 import pathlib
-import statistics
 from collections.abc import Callable
 
 import jax
@@ -31,7 +30,14 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import ceilings, compile_all, copies, device_kernels, time_chain
+from benchmarks.timing import (
+    ceilings,
+    compile_all,
+    copies,
+    device_kernels,
+    figures,
+    time_chain,
+)
 from pallas_kernels import PageFormat, Pages, init_pages, page_format
 from pallas_kernels.implementation import KERNELS
 from saw_int4_jax.results import describe_device, write_results
@@ -220,13 +226,7 @@ def time_flashinfer(
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / (10 * calls))
-    times = times[1:]
-    return {
-        "median_us": statistics.median(times),
-        "min_us": min(times),
-        "max_us": max(times),
-        "runs": runs,
-    }
+    return figures(times[1:])
 
 
 def draw(rows: list[dict], path: pathlib.Path) -> None:
@@ -333,9 +333,8 @@ def maker(row: dict) -> Callable[[], tuple]:
 
 def main() -> None:
     on_gpu = jax.default_backend() == "gpu"
-    peers = [name for name in PEERS if on_gpu]
-    if not importlib.util.find_spec("flashinfer"):
-        peers = [name for name in peers if name != "flashinfer"]
+    here = {"cudnn": on_gpu, "jax": on_gpu, "flashinfer": importlib.util.find_spec("flashinfer")}
+    peers = [name for name in PEERS if here[name]]
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--shapes", nargs="*", default=SHAPES, metavar="BATCHxCONTEXT")
     arguments.add_argument("--ragged", nargs="*", default=RAGGED, metavar="BATCHxCONTEXT")

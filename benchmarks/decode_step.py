@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import statistics
 import tempfile
 import threading
 import time
@@ -30,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.timing import figures
 from pallas_kernels import Pages, page_format
 from pallas_kernels.implementation import choose
 from saw_int4_jax import CacheSpec, decode, init_cache
@@ -43,6 +43,28 @@ from saw_int4_jax.results import describe_device, write_results
 EOS = jnp.zeros(0, jnp.int32)
 FEW_STEPS = 4  # to warm up: XLA records a CUDA graph in the second; and to trace
 LOWERING = threading.Lock()  # one at a time, so that each is timed alone
+
+
+def model_config(name: str) -> LlamaConfig:
+    """Of the bundled model, `reference`, or of one of `CONFIGS`."""
+    return read_config(REFERENCE_MODEL) if name == "reference" else CONFIGS[name]
+
+
+def parameter_shapes(config: LlamaConfig, dtype: Any) -> Any:
+    variables = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables)
+
+
+def random_weights(shapes: Any) -> Any:
+    """Parameters of these shapes, drawn on the device."""
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key, shape, dtype):
+        return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return tree.unflatten([draw(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,16 +173,9 @@ def measure(
     for _ in range(runs):
         state, seconds = run(compiled, variables, state, steps)
         times.append(seconds / steps * 1e6)
-    median = statistics.median(times)
-    return state, {
-        "median_us": median,
-        "min_us": min(times),
-        "max_us": max(times),
-        "runs": runs,
-        "steps": steps,
-        "tokens_per_s": state.cache.batch / median * 1e6,
-        "raw_us": times,
-    }
+    found = figures(times)
+    rate = state.cache.batch / found["median_us"] * 1e6
+    return state, {**found, "steps": steps, "tokens_per_s": rate, "raw_us": times}
 
 
 def trace(
@@ -260,10 +275,8 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="needs matplotlib")
     options = parser.parse_args()
 
-    bundled = options.model == "reference"
-    config = read_config(REFERENCE_MODEL) if bundled else CONFIGS[options.model]
-    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, options.dtype), shapes)
+    config = model_config(options.model)
+    shapes = parameter_shapes(config, jnp.dtype(options.dtype))
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     grown = options.steps * options.runs + 3 * FEW_STEPS
     print(f"decode step, {options.model}, {describe_device()}", flush=True)
@@ -284,11 +297,7 @@ def main() -> None:
         for some in first, [case for case in cases if case not in first]:  # products tuned by then
             programs |= dict(zip(some, pool.map(compile_case, some), strict=True))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def random_weights(shape):
-        return jax.random.normal(jax.random.key(0), shape, options.dtype) * 0.02
-
-    variables = jax.tree.map(lambda leaf: random_weights(leaf.shape), shapes)
+    variables = random_weights(shapes)
     rows: list[dict[str, Any]] = []
     print("batch context pool method attention   compile s  step ms  tokens/s  kernels   busy")
     for case in cases:
@@ -302,12 +311,12 @@ def main() -> None:
         pages = random_pages(spec)
         for context in contexts:
             state = random_state(spec, pages, batch, context)
-            state, figures = measure(
+            state, measured = measure(
                 compiled, variables, state, steps=options.steps, runs=options.runs
             )
             if batch in options.trace and context == contexts[0]:
                 state, kernels = trace(compiled, variables, state)
-                figures |= kernels
+                measured |= kernels
             pages = state.cache.pages
             row = {
                 "op": "decode_step",
@@ -324,7 +333,7 @@ def main() -> None:
                 "temp_bytes": memory.temp_size_in_bytes,
                 "alias_bytes": memory.alias_size_in_bytes,
                 "pool_bytes": pages.nbytes,
-                **figures,
+                **measured,
             }
             rows.append(row)
             line = (

@@ -1,6 +1,6 @@
 """Decode step on several devices: tensor and data parallel against one, and where the time goes.
 
-    python benchmarks/parallel_decode.py --json benchmarks/results/h200-x2/parallel_decode.json
+    python -m benchmarks.parallel_decode --json benchmarks/results/h200-x2/parallel_decode.json
 
 Runs `saw_int4_jax.decode`, the loop that users run, with all layers of the model, random weights
 and random pages made on the devices. Where the pages of all layers do not fit one device, several
@@ -19,7 +19,6 @@ import fcntl
 import functools
 import itertools
 import os
-import statistics
 import time
 import unittest.mock
 from collections.abc import Callable
@@ -32,13 +31,15 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.decode_step import parameter_shapes
+from benchmarks.timing import figures
 from pallas_kernels import Pages, page_format
 from saw_int4_jax import Cache, CacheSpec, attend, cache, decode, init_cache
 from saw_int4_jax.cache import DATA, ROWS, cache_shardings
 from saw_int4_jax.demo import METHOD_OPTIONS
 from saw_int4_jax.generate import RUNNING, DecodeState, Forward
 from saw_int4_jax.models.configs import CONFIGS
-from saw_int4_jax.models.llama import Llama, LlamaConfig, one_layer_forward
+from saw_int4_jax.models.llama import LlamaConfig, one_layer_forward
 from saw_int4_jax.results import describe_device, write_results
 from saw_int4_jax.sharding import make_mesh, param_shardings
 
@@ -113,7 +114,7 @@ def no_attention(cache: Cache, layer: jax.Array, q, k, v, **options):
 
 @functools.cache
 def weight_shapes(config: LlamaConfig) -> Any:
-    return jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return parameter_shapes(config, jnp.bfloat16)
 
 
 def weight_count(config: LlamaConfig) -> int:
@@ -124,7 +125,7 @@ def place_weights(config: LlamaConfig, mesh: Mesh) -> Any:
     """Shapes of a model's parameters in bfloat16, as they lie on a mesh."""
     shapes = weight_shapes(config)
     return jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=at),
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         shapes,
         param_shardings(shapes, mesh),
     )
@@ -242,9 +243,7 @@ def time_loop(compiled, variables, state: DecodeState, steps: int, runs: int) ->
         times.append((time.perf_counter() - start) / steps * 1e6)
     if (np.asarray(tokens) < 0).any():
         raise RuntimeError("Expected every sequence to run to the end")
-    times = times[1:]
-    figures = {"median_us": statistics.median(times), "min_us": min(times), "max_us": max(times)}
-    return figures, state.cache.pages
+    return figures(times[1:]), state.cache.pages
 
 
 def programs(arguments: argparse.Namespace, batch: int) -> list[Program]:
@@ -264,10 +263,10 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """A row for each whole program, with its split where that was timed."""
     rows = []
-    for (program, context), figures in times.items():
+    for (program, context), timed in times.items():
         if program.method == NO_ATTENTION:
             continue
-        parallel, step = program.parallel, figures["median_us"]
+        parallel, step = program.parallel, timed["median_us"]
         _, variables, state = shapes_of(benchmark, program)
         bare, share = (
             times.get((Program(p, NO_ATTENTION, program.batch), context), {}).get("median_us")
@@ -290,10 +289,9 @@ def rows_of(
                 "page_size": benchmark.page_size,
                 "layers": benchmark.config.num_layers,
                 "pool_layers": state.cache.pages.layers,
-                **figures,
+                **timed,
                 **split,
                 "tokens_per_s": program.batch / step * 1e6,
-                "runs": arguments.runs,
                 "steps": benchmark.steps,
                 "xla_flags": os.environ.get("XLA_FLAGS", ""),
                 "weight_bytes_per_device": bytes_per_device(variables),
@@ -345,12 +343,12 @@ def time_all(
                     if time.monotonic() - started > arguments.seconds:
                         continue
                     filled = filled_state(state.cache, pages, context, growth)
-                    figures, pages = time_loop(
+                    timed, pages = time_loop(
                         compiled[program], variables, filled, benchmark.steps, arguments.runs
                     )
                     del filled
-                    times[program, context] = figures
-                    print(program, context, f"{figures['median_us']:.0f} us", flush=True)
+                    times[program, context] = timed
+                    print(program, context, f"{timed['median_us']:.0f} us", flush=True)
             del pages
             rows = rows_of(benchmark, times, arguments)
             if arguments.json:

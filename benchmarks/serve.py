@@ -38,12 +38,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.decode_step import random_pages
+from benchmarks.decode_step import model_config, parameter_shapes, random_pages, random_weights
 from saw_int4_jax import Cache, CacheSpec, init_cache
-from saw_int4_jax.demo import METHOD_OPTIONS, METHODS, REFERENCE_MODEL
+from saw_int4_jax.demo import METHOD_OPTIONS, METHODS
 from saw_int4_jax.models.configs import CONFIGS
-from saw_int4_jax.models.hugging_face import read_config
-from saw_int4_jax.models.llama import Llama, LlamaConfig, one_layer_forward
+from saw_int4_jax.models.llama import LlamaConfig, one_layer_forward
 from saw_int4_jax.results import write_results
 from saw_int4_jax.serving import Engine, Request, summarize
 from saw_int4_jax.serving.prefix_cache import page_keys
@@ -104,24 +103,6 @@ def parse_jobs(texts: Sequence[str]) -> list[Job]:
 
 
 # --- Model, pool, programs --------------------------------------------------------------------
-
-
-def parameter_shapes(config: LlamaConfig) -> Any:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    variables = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), variables)
-
-
-def random_weights(config: LlamaConfig) -> Any:
-    """Parameters of a model, drawn on the device."""
-
-    @functools.partial(jax.jit, static_argnames="shape")
-    def draw(key, *, shape):
-        return (0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16)
-
-    leaves, tree = jax.tree.flatten(parameter_shapes(config))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(tree, [draw(k, shape=x.shape) for k, x in zip(keys, leaves)])
 
 
 def first_layers(variables: Any, config: LlamaConfig) -> Any:
@@ -277,8 +258,7 @@ def main() -> None:
     began = time.perf_counter()
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-    bundled = arguments.model == "reference"
-    model = read_config(REFERENCE_MODEL) if bundled else CONFIGS[arguments.model]
+    model = model_config(arguments.model)
     jobs = parse_jobs(arguments.jobs)
     limits = dict(
         piece=arguments.piece,
@@ -304,7 +284,7 @@ def main() -> None:
     steps = {arguments.steps, arguments.mixed_steps}
     calls += [("decode", *call) for call in itertools.product(setting.batches, steps)]
     programs = itertools.product(dict.fromkeys((m, job.layers) for job, m in runs), calls)
-    shapes = parameter_shapes(model)
+    shapes = parameter_shapes(model, jnp.bfloat16)
     with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
         compiles = [
             pool.submit(setting.compile, *engine, shapes, *call) for engine, call in programs
@@ -314,7 +294,7 @@ def main() -> None:
     if arguments.compile_only:
         return
 
-    variables = random_weights(model)
+    variables = random_weights(shapes)
     rows: list[dict[str, Any]] = []
     for job, method in runs:
         if time.perf_counter() - began > arguments.seconds:

@@ -378,11 +378,10 @@ def scaling_table(file: str) -> str:
     ]
     head = "batch | context | cache | GPUs | step ms | tokens/s | efficiency"
     head += " | attention ms | collectives ms"
-    about = "{model} on {devices}, random weights; ".format(
-        model=rows_of(file)[0]["model"], devices=load(file)["meta"]["device"]
-    )
-    if timed := rows_of(file)[0].get("timed_layers"):
-        about += f"{timed} of its {rows_of(file)[0]['layers']} layers timed, the rest extrapolated."
+    first = rows_of(file)[0]
+    about = f"{first['model']} on {load(file)['meta']['device']}, random weights; "
+    if timed := first.get("timed_layers"):
+        about += f"{timed} of its {first['layers']} layers timed, the rest extrapolated."
     else:
         about += "all layers timed; *: several share pages, those of all do not fit one GPU."
     return f"{about}\n\n" + markdown(head, rows, file)
@@ -394,7 +393,7 @@ def parallel_serve_table(file: str) -> str:
     rows = [
         f"{METHODS[method]} | {spread(row)} | {row['tokens_per_s']:,.0f}"
         f" | {efficiency(row, last[method, 'one'])}"
-        f" | {row['ttft_ms'] / 1e3:.2f} | {row['e2e_s']:.2f}"
+        f" | {row['ttft_s']:.2f} | {row['e2e_s']:.2f}"
         for (method, _), row in last.items()
     ]
     about = (

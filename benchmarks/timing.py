@@ -52,7 +52,7 @@ def compile_chain(step: Step, carry: Any, data: Any, *, length: int) -> jax.stag
 
 
 def compile_all(
-    makers: Mapping[Any, Callable[[], Chain]], *, length: int
+    makers: Mapping[Any, Callable[[], Chain]], *, length: int, jobs: int | None = None
 ) -> dict[Any, concurrent.futures.Future[jax.stages.Compiled]]:
     """Compiles chains on all cores at once: before anything is timed, never beside it.
 
@@ -60,6 +60,7 @@ def compile_all(
       makers: functions that return what `compile_chain` takes. Only shapes are asked of them: no
         array is made.
       length: as `compile_chain`'s.
+      jobs: compilations at a time; `None`: as many as there are cores.
 
     Returns:
       By the same keys, the programs as futures that are done: `result()` raises what went wrong.
@@ -76,7 +77,7 @@ def compile_all(
         carry, data = jax.eval_shape(arrays)
         return compile_chain(steps[0], carry, data, length=length)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         return {key: pool.submit(compile_one, make) for key, make in makers.items()}
 
 
@@ -120,12 +121,16 @@ def time_chain(
 
     window(3)
     loops = max(1, round(window_ms / 1e3 / (window(10) / 10)))
-    times = [window(loops) / (loops * length) * 1e6 for _ in range(runs)]
+    return figures([window(loops) / (loops * length) * 1e6 for _ in range(runs)])
+
+
+def figures(times_us: Sequence[float]) -> dict[str, float]:
+    """What a row of the results says of repeated times."""
     return {
-        "median_us": statistics.median(times),
-        "min_us": min(times),
-        "max_us": max(times),
-        "runs": runs,
+        "median_us": statistics.median(times_us),
+        "min_us": min(times_us),
+        "max_us": max(times_us),
+        "runs": len(times_us),
     }
 
 
@@ -141,10 +146,8 @@ def time_alternately(
     Arguments and figures as of `time_chain`, and `over_first`: how much longer a step takes than
     the first chain's in the same turn, as a fraction, median of all turns.
     """
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compile_it = functools.partial(compile_chain, length=length)
-        programs = pool.map(lambda chain: compile_it(*chain), chains.values())
-        compiled = dict(zip(chains, programs, strict=True))
+    makers = {name: functools.partial(tuple, chain) for name, chain in chains.items()}
+    programs = {name: x.result() for name, x in compile_all(makers, length=length).items()}
     carries = {name: jax.tree.map(jnp.copy, carry) for name, (_, carry, _) in chains.items()}
     times: dict[str, list[float]] = {name: [] for name in chains}
     loops = dict.fromkeys(chains, 4)
@@ -154,7 +157,7 @@ def time_alternately(
             jax.block_until_ready(carry)
             start = time.perf_counter()
             for _ in range(loops[name]):
-                carry = compiled[name](carry, data)
+                carry = programs[name](carry, data)
             jax.block_until_ready(carry)
             seconds = (time.perf_counter() - start) / loops[name]
             carries[name] = carry
@@ -164,13 +167,8 @@ def time_alternately(
                 times[name].append(seconds / length * 1e6)
     first = next(iter(times.values()))
     return {
-        name: {
-            "median_us": statistics.median(x),
-            "min_us": min(x),
-            "max_us": max(x),
-            "runs": runs,
-            "over_first": statistics.median(a / b - 1 for a, b in zip(x, first, strict=True)),
-        }
+        name: figures(x)
+        | {"over_first": statistics.median(a / b - 1 for a, b in zip(x, first, strict=True))}
         for name, x in times.items()
     }
 

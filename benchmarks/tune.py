@@ -8,8 +8,8 @@ Prints the fastest of each shape; `pallas_kernels/tuning/<device>.json` holds wh
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import decode_attention, write_kv
-from benchmarks.timing import compile_chain, time_chain
+from benchmarks.timing import compile_all, time_chain
 from pallas_kernels.triton import decode, write
 from saw_int4_jax.results import describe_device, write_results
 
 DECODE = [
-    decode.Blocks(block_tokens, 8, programs, 64, num_warps, num_stages)
+    decode.Blocks(block_tokens, 16, programs, 64, num_warps, num_stages)
     for block_tokens, num_warps in [(32, 1), (64, 1), (128, 2)]
     for num_stages in (3, 5, 7)
     for programs in (528, 1056, 1584)
@@ -46,17 +46,13 @@ def main() -> None:
     timing = dict(length=arguments.length, runs=arguments.runs, window_ms=15)
     heads = dict(kv_heads=8, head_dim=128, page_size=64)
 
-    # Compiling takes longest: all cores at once, then one candidate at a time on the device.
-    pool = concurrent.futures.ThreadPoolExecutor(arguments.jobs)
-
     def time_all(chains: dict) -> list[dict]:
-        def compiled(chain):
-            return compile_chain(*chain, length=timing["length"])
-
-        programs = pool.map(compiled, chains.values())
+        makers = {blocks: functools.partial(tuple, chain) for blocks, chain in chains.items()}
+        programs = compile_all(makers, length=arguments.length, jobs=arguments.jobs)
         return [
-            dataclasses.asdict(blocks) | time_chain(*chain, chain=program, **timing)
-            for (blocks, chain), program in zip(chains.items(), list(programs), strict=True)
+            dataclasses.asdict(blocks)
+            | time_chain(*chain, chain=programs[blocks].result(), **timing)
+            for blocks, chain in chains.items()
         ]
 
     rows = []
