@@ -42,7 +42,16 @@ from pallas_kernels.triton.arithmetic import (
     padded,
     power_of_two,
 )
-from pallas_kernels.triton.work import Plan, Split, cut_rows, page_ids, store, store_place
+from pallas_kernels.triton.work import (
+    Plan,
+    Split,
+    cut_rows,
+    page_ids,
+    page_offsets,
+    start_of,
+    store,
+    store_place,
+)
 
 # How many bytes the matrix unit sums at a time.
 LEAST = 32
@@ -312,10 +321,7 @@ def _attend_split(
         running_max, total, shift, spread, *acc = carry
         page = pages_of(block)
         token = block * block_tokens + jnp.arange(block_tokens)
-        offset = lax.rem(token, page_size)
-        if page_size % block_tokens == 0:
-            offset = lax.rem(block, page_size // block_tokens) * block_tokens
-            offset = offset + jnp.arange(block_tokens)
+        offset = page_offsets(block, block_tokens=block_tokens, page_size=page_size)
         page_of_row, page_of_column = (page[:, None], page[None, :]) if page.ndim else (page, page)
 
         def load_keys():  # [tokens, width]
@@ -401,13 +407,7 @@ def _attend_split(
         ]
         return (new_max, total, shift, spread, *acc)
 
-    zeros = jnp.zeros((rows,), jnp.float32)
-    running_max, sink_total = zeros + MASKED, zeros
-    if sinks is not None:  # a sink is a key with this score and no value, in the first split
-        sink = plt.load(sinks.at[row.head], mask=row.stored, other=0).astype(jnp.float32) * LOG2_E
-        has_sink = (split.part == 0) & (sink > MASKED)
-        running_max = jnp.where(has_sink, sink, MASKED)
-        sink_total = jnp.where(has_sink, 1.0, 0.0)
+    running_max, sink_total = start_of(sinks, row, split.part)
     acc = [jnp.zeros((size, rows), jnp.float32) for _ in range(pieces)]
     partial = jnp.zeros((SUMS, rows), jnp.float32)
     first = (jnp.arange(SUMS) == 0)[:, None]

@@ -36,7 +36,16 @@ from pallas_kernels.triton.arithmetic import (
     padded,
     power_of_two,
 )
-from pallas_kernels.triton.work import Plan, Split, cut_rows, page_ids, store, store_place
+from pallas_kernels.triton.work import (
+    Plan,
+    Split,
+    cut_rows,
+    page_ids,
+    page_offsets,
+    start_of,
+    store,
+    store_place,
+)
 
 # Weights are at most 2**HEADROOM, the closer to float16's largest the more small ones count.
 HEADROOM = 15
@@ -213,9 +222,7 @@ def _attend(
 
     # --- The loop over blocks of tokens ---------------------------------------------------------
 
-    one_page = page_size % block_tokens == 0  # each block lies in one page
     word = jnp.arange(size)
-    block_token = jnp.arange(block_tokens)
 
     pages_of = functools.partial(
         page_ids,
@@ -228,15 +235,12 @@ def _attend(
 
     def attend_block(block, carry, masked, q_rows):
         page, bound, total, acc = carry
-        token = block * block_tokens + block_token
-        if one_page:
-            offset = lax.rem(block, page_size // block_tokens) * block_tokens + block_token
-        else:
-            offset = lax.rem(token, page_size)
+        token = block * block_tokens + jnp.arange(block_tokens)
+        offset = page_offsets(block, block_tokens=block_tokens, page_size=page_size)
         next_page = pages_of(block + 1)  # a turn ahead, so that no page waits for its id
 
         def load(kind, unit):  # [tokens, columns]
-            page_of_row = page if one_page else page[:, None]
+            page_of_row = page[:, None] if page.ndim else page
             index = data.at[layer, page_of_row, row.kv_head, kind, offset[:, None], word[None, :]]
             if size == width:
                 rows = plt.load(index)
@@ -278,12 +282,7 @@ def _attend(
         acc = acc * decay[:, None] + dot(weights.astype(values.dtype), values)
         return next_page, new_bound, total, acc
 
-    bound, total = jnp.full((rows,), MASKED), jnp.zeros((rows,), jnp.float32)
-    if sinks is not None:  # a sink is a key with this score and no value, in the first split
-        sink = plt.load(sinks.at[row.head], mask=row.stored, other=0).astype(jnp.float32) * LOG2_E
-        has_sink = (part == 0) & (sink > MASKED)
-        bound = jnp.where(has_sink, sink, MASKED)
-        total = jnp.where(has_sink, 1.0, 0.0)
+    bound, total = start_of(sinks, row, part)
     carry: tuple = (pages_of(low), bound, total, jnp.zeros((rows, pieces * size), jnp.float32))
 
     def attend_all(_, state):

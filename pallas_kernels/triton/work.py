@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.triton.arithmetic import MASKED
+from pallas_kernels.triton.arithmetic import LOG2_E, MASKED
 
 
 class Plan(NamedTuple):
@@ -120,6 +120,26 @@ def page_ids(
         token = block * block_tokens
     token = jnp.minimum(token, jnp.maximum(length - 1, 0))
     return plt.load(page_table.at[sequence, lax.div(token, page_size)])
+
+
+def page_offsets(block, *, block_tokens: int, page_size: int) -> Int[Array, "block_tokens"]:
+    """Where in its page each token of a block lies."""
+    token = jnp.arange(block_tokens)
+    if page_size % block_tokens == 0:
+        return lax.rem(block, page_size // block_tokens) * block_tokens + token
+    return lax.rem(block * block_tokens + token, page_size)
+
+
+def start_of(sinks, rows: Rows, part) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    """A split's largest score and total weight before its first token.
+
+    A sink is a key with this score and no value, in the first split.
+    """
+    if sinks is None:
+        return jnp.full(rows.head.shape, MASKED), jnp.zeros(rows.head.shape, jnp.float32)
+    sink = plt.load(sinks.at[rows.head], mask=rows.stored, other=0).astype(jnp.float32) * LOG2_E
+    has_sink = (part == 0) & (sink > MASKED)
+    return jnp.where(has_sink, sink, MASKED), jnp.where(has_sink, 1.0, 0.0)
 
 
 # --- Outputs ------------------------------------------------------------------------------------
