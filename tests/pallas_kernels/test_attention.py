@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,26 @@ BF16_TOLERANCE = dict(rtol=2**-8, atol=2e-6)
 
 LAYER, LAYERS = 1, 2
 GARBAGE = (-1, 2**31 - 1, 12345)
+
+
+def distinct(all_cases):
+    """The first of those that are the same but for their names."""
+    seen = {}
+    for case in all_cases:
+        seen.setdefault(dataclasses.replace(case, name=""), case)
+    return list(seen.values())
+
+
+def in_both_modes(all_cases, quick):
+    """Distinct cases as parameters `mode, case`: interpreted, `slow` if not quick; and compiled."""
+    out = []
+    for case in distinct(all_cases):
+        marks = () if case.name in quick else pytest.mark.slow
+        out += [
+            pytest.param("interpreted", case, id=f"interpreted-{case.name}", marks=marks),
+            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu),
+        ]
+    return out
 
 
 class Problem:

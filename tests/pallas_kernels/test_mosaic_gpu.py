@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import PageFormat, implementation, init_pages, paged_attention, write_kv
 from tests import cases, oracle
-from tests.pallas_kernels.test_attention import LAYER, Problem
+from tests.pallas_kernels.test_attention import LAYER, Problem, in_both_modes
 from tests.pallas_kernels.test_triton import BF16_TOLERANCE, TOLERANCE, relative_error
 
 pytest.importorskip("pallas_kernels.mosaic_gpu", reason="jax is too old", exc_type=ImportError)
@@ -22,8 +22,7 @@ INTERPRETED = "interpreted"
 COMPILED = pytest.param("compiled", marks=pytest.mark.gpu)
 
 # Interpreted cases that show most for their few seconds each; the others are `slow`.
-QUICK = {"bf16", "pairs_10"}
-QUICK_DECODE = {"pairs_1", "pairs_12"}
+QUICK = {"bf16", "pairs_10", "pairs_1_128", "pairs_12_128"}
 
 # Small, so that an interpreter meets several programs, splits and turns of every ring.
 SMALL = {
@@ -35,30 +34,17 @@ SMALL = {
 def kernel_cases(all_cases):
     """Each case as the kernels take it: `split` for `paired`, larger pages, and for the decode
     kernel a head dim of 128."""
-    out, seen = [], set()
+    found = []
     for case in all_cases:
         layout = "split" if case.layout == "paired" else case.layout
         case = dataclasses.replace(case, layout=layout, page_size=max(64, case.page_size))
         if case.head_dim % 64 == 0:
-            out += marked(case, case.name, QUICK, seen)
+            found.append(case)
         rows = case.queries * case.q_heads // case.kv_heads
         if layout == "split" and rows <= decode.MAX_ROWS and case.head_dim != 128:
-            case = dataclasses.replace(case, head_dim=128, order=min(case.order, 128))
-            out += marked(case, f"{case.name}_128", QUICK_DECODE, seen)
-    return out
-
-
-def marked(case, name, quick, seen):
-    """A case interpreted and compiled, unless the same one was `seen`."""
-    nameless = dataclasses.replace(case, name="")
-    if nameless in seen:
-        return []
-    seen.add(nameless)
-    marks = () if case.name in quick else pytest.mark.slow
-    return [
-        pytest.param(INTERPRETED, case, id=f"interpreted-{name}", marks=marks),
-        pytest.param("compiled", case, id=f"compiled-{name}", marks=pytest.mark.gpu),
-    ]
+            changes = dict(name=f"{case.name}_128", head_dim=128, order=min(case.order, 128))
+            found.append(dataclasses.replace(case, **changes))
+    return in_both_modes(found, QUICK)
 
 
 def attend(problem, mode, blocks=None, kernel=None):

@@ -33,12 +33,10 @@ BF16_TOLERANCE = dict(rtol=2**-7, atol=2e-3)
 
 def paired(all_cases):
     """The layout that only other kernels read becomes the one that these read."""
-    seen = {}
-    for case in all_cases:
-        layout = "paired" if case.layout == "split" else case.layout
-        case = dataclasses.replace(case, layout=layout)
-        seen.setdefault(dataclasses.replace(case, name=""), case)
-    return list(seen.values())
+    return test_attention.distinct(
+        dataclasses.replace(case, layout="paired") if case.layout == "split" else case
+        for case in all_cases
+    )
 
 
 def attend(problem, interpret, kernel=attention):

@@ -16,7 +16,7 @@ from pallas_kernels.triton.arithmetic import power_of_two
 from pallas_kernels.xla.write import write_kv as write_kv_xla
 from tests import cases, oracle
 from tests.pallas_kernels import test_write
-from tests.pallas_kernels.test_attention import LAYER, Problem
+from tests.pallas_kernels.test_attention import LAYER, Problem, in_both_modes
 
 INTERPRETED = "interpreted"
 SLOWLY_INTERPRETED = pytest.param(INTERPRETED, marks=pytest.mark.slow)
@@ -32,20 +32,11 @@ QUICK = {"bf16", "pairs_1", "pairs_13", "some_skipped", "bf16_skipped", "head_di
 
 def kernel_cases(all_cases):
     """Each case interpreted and compiled, `paired` ones as `split` unless there is the same one."""
-    out, seen = [], set()
-    for case in sorted(all_cases, key=lambda case: case.layout == "paired"):
-        if case.layout == "paired":
-            case = dataclasses.replace(case, layout="split")
-        nameless = dataclasses.replace(case, name="")
-        if nameless in seen:
-            continue
-        seen.add(nameless)
-        marks = () if case.name in QUICK else pytest.mark.slow
-        out += [
-            pytest.param(INTERPRETED, case, id=f"interpreted-{case.name}", marks=marks),
-            pytest.param("compiled", case, id=f"compiled-{case.name}", marks=pytest.mark.gpu),
-        ]
-    return out
+    ours = [case for case in all_cases if case.layout != "paired"]
+    ours += [
+        dataclasses.replace(case, layout="split") for case in all_cases if case.layout == "paired"
+    ]
+    return in_both_modes(ours, QUICK)
 
 
 def attend(problem, mode, blocks=None, **options):
