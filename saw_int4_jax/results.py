@@ -55,8 +55,9 @@ def write_results(
 def _command() -> str:
     """The command line, without what is private about it: where this program lies."""
     program = pathlib.Path(sys.argv[0])
-    if program.name == "__main__.py":
-        words = ["python", "-m", program.parent.name]
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # as `python -m` has it
+    if module is not None:
+        words = ["python", "-m", module.name.removesuffix(".__main__")]
     elif program.suffix == ".py":
         words = ["python", f"{program.parent.name}/{program.name}"]
     else:
